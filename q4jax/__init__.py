@@ -1,0 +1,1 @@
+"""q4jax: Llama models with int4 weights and a compressed KV cache, in JAX."""
