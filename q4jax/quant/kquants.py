@@ -164,7 +164,7 @@ def _offset(bits: int) -> Callable[[Floats, Floats], Bytes]:
 def _pack_32(codes: Bytes, bits: int) -> Bytes:
   """32 codes: for 5 bits first the high bits as a mask, then weights k and k + 16 in a byte."""
   low = codes & np.uint8(15)
-  nibbles: Bytes = low[:, :16] | low[:, 16:] << 4
+  nibbles: Bytes = low[:, :16] | low[:, 16:] << np.uint8(4)
   if bits == 4:
     return nibbles
   return np.hstack([np.packbits(codes >> 4, axis=1, bitorder="little"), nibbles])
