@@ -1,0 +1,209 @@
+// How each GGUF block format is read in the x16 layout (block_array.py): sixteen rows side by side,
+// every field of a block interleaved across the rows, so that lane r of a vector is row r.
+//
+// A format says: block (weights), group (weights per scale), bytes (of one row's block), offset and
+// has_min; Codes<g>(p, i) gives the unsigned codes of weights 4i .. 4i+3 of group g of sixteen rows,
+// and Scales(p, s, m) the scale (and minimum) of every group:
+//     w = s[g] * (code - offset) - m[g]           offset and m are never both used.
+// Source: ggml's quantisation structs (ggml-common.h) as documented in docs/formats/gguf.md.
+#pragma once
+#include "kernels.h"
+
+namespace {
+
+using F = Simd::F;
+using I = Simd::I;
+
+Q4_INLINE I Mask(uint32_t byte) { return Simd::ISet((int32_t)(byte * 0x01010101u)); }
+// Word w (4 bytes of each row) of a field of 4-byte words.
+Q4_INLINE I Word(const uint8_t* field, int w) { return Simd::ILoad(field + 64 * w); }
+Q4_INLINE I Nibble(I word, bool high) { return Simd::And(high ? Simd::Shr(word, 4) : word, Mask(15)); }
+Q4_INLINE F ScaleI8(F d, I x) { return Simd::Mul(d, Simd::ToFloat(x)); }
+
+struct Base {
+  static constexpr bool wide = false;    // codes above 127
+  static constexpr bool has_min = false;
+  static constexpr int offset = 0;
+};
+
+// ---- 32 weights a block, one scale: d, (m), (qh), qs[16]; weight l low nibble, l + 16 high.
+
+struct Q4_0 : Base {
+  static constexpr int block = 32, group = 32, bytes = 18, offset = 8;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) { return Nibble(Word(p + 32, i & 3), i >= 4); }
+  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+};
+
+struct Q4_1 : Base {
+  static constexpr int block = 32, group = 32, bytes = 20;
+  static constexpr bool has_min = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) { return Nibble(Word(p + 64, i & 3), i >= 4); }
+  static void Scales(const uint8_t* p, F* s, F* m) {
+    s[0] = Simd::LoadHalf(p);
+    m[0] = Simd::Mul(Simd::LoadHalf(p + 32), Simd::Set(-1.0f));  // The file adds its m.
+  }
+};
+
+// Bits 4i .. 4i+3 of a 32-bit mask, one in bit 4 of each byte.
+Q4_INLINE I FifthBits(const uint8_t* qh, int i) {
+  const I bits = Simd::And(Simd::Shr(Simd::ILoad(qh), 4 * i), Simd::ISet(15));
+  return Simd::Shl(Simd::And(Simd::MulI(bits, Simd::ISet(0x00204081)), Mask(1)), 4);
+}
+
+struct Q5_0 : Base {
+  static constexpr int block = 32, group = 32, bytes = 22, offset = 16;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    return Simd::Or(Nibble(Word(p + 96, i & 3), i >= 4), FifthBits(p + 32, i));
+  }
+  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+};
+
+struct Q5_1 : Base {
+  static constexpr int block = 32, group = 32, bytes = 24;
+  static constexpr bool has_min = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    return Simd::Or(Nibble(Word(p + 128, i & 3), i >= 4), FifthBits(p + 64, i));
+  }
+  static void Scales(const uint8_t* p, F* s, F* m) { Q4_1::Scales(p, s, m); }
+};
+
+struct Q8_0 : Base {
+  static constexpr int block = 32, group = 32, bytes = 34, offset = 128;
+  static constexpr bool wide = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) { return Simd::Xor(Word(p + 32, i), Mask(128)); }
+  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+};
+
+// The non-linear 4-bit grid, as unsigned bytes (value + 128).
+alignas(16) constexpr uint8_t kIq4Grid[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                              129, 141, 153, 166, 181, 197, 217, 241};
+
+struct IQ4_NL : Base {
+  static constexpr int block = 32, group = 32, bytes = 18, offset = 128;
+  static constexpr bool wide = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) { return Simd::Lookup(Q4_0::Codes<0>(p, i), kIq4Grid); }
+  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+};
+
+// ---- 256 weights a block.
+
+struct IQ4_XS : Base {  // d, scales_h[2], scales_l[4], qs[128]
+  static constexpr int block = 256, group = 32, bytes = 136, offset = 128;
+  static constexpr bool wide = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    return Simd::Lookup(Nibble(Word(p + 128, g * 4 + (i & 3)), i >= 4), kIq4Grid);
+  }
+  static void Scales(const uint8_t* p, F* s, F*) {
+    const F d = Simd::LoadHalf(p);
+    const I high = Simd::LoadU16(p + 32);
+    for (int g = 0; g < 8; g++) {
+      const I low = Simd::And(Simd::Shr(Simd::LoadU8(p + 64 + 16 * (g / 2)), 4 * (g & 1)), Simd::ISet(15));
+      const I top = Simd::Shl(Simd::And(Simd::Shr(high, 2 * g), Simd::ISet(3)), 4);
+      s[g] = ScaleI8(d, Simd::AddI(Simd::Or(low, top), Simd::ISet(-32)));
+    }
+  }
+};
+
+// Scale and minimum of group g out of the 12 packed bytes of Q4_K and Q5_K.
+inline void SixBitPairs(const uint8_t* p, F d, F dmin, F* s, F* m) {
+  const I m63 = Simd::ISet(63), m15 = Simd::ISet(15);
+  for (int g = 0; g < 4; g++) {
+    const I a = Simd::LoadU8(p + 16 * g), b = Simd::LoadU8(p + 16 * (g + 4));
+    const I c = Simd::LoadU8(p + 16 * (g + 8));
+    s[g] = ScaleI8(d, Simd::And(a, m63));
+    m[g] = ScaleI8(dmin, Simd::And(b, m63));
+    s[g + 4] = ScaleI8(d, Simd::Or(Simd::And(c, m15), Simd::Shl(Simd::Shr(a, 6), 4)));
+    m[g + 4] = ScaleI8(dmin, Simd::Or(Simd::Shr(c, 4), Simd::Shl(Simd::Shr(b, 6), 4)));
+  }
+}
+
+struct Q4_K : Base {  // d, dmin, scales[12], qs[128]
+  static constexpr int block = 256, group = 32, bytes = 144;
+  static constexpr bool has_min = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    return Nibble(Word(p + 256, (g / 2) * 8 + i), g & 1);
+  }
+  static void Scales(const uint8_t* p, F* s, F* m) {
+    SixBitPairs(p + 64, Simd::LoadHalf(p), Simd::LoadHalf(p + 32), s, m);
+  }
+};
+
+struct Q5_K : Base {  // d, dmin, scales[12], qh[32], qs[128]
+  static constexpr int block = 256, group = 32, bytes = 176;
+  static constexpr bool has_min = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    const I high = Simd::And(Simd::Shr(Word(p + 256, i), g), Mask(1));
+    return Simd::Or(Nibble(Word(p + 768, (g / 2) * 8 + i), g & 1), Simd::Shl(high, 4));
+  }
+  static void Scales(const uint8_t* p, F* s, F* m) { Q4_K::Scales(p, s, m); }
+};
+
+struct Q6_K : Base {  // ql[128], qh[64], scales[16], d
+  static constexpr int block = 256, group = 16, bytes = 210, offset = 32;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    constexpr int half = g / 8, quarter = (g / 2) & 3;
+    const int l = (g & 1) * 4 + i;
+    const I low = Nibble(Word(p, half * 16 + (quarter & 1) * 8 + l), quarter >= 2);
+    const I high = Simd::And(Simd::Shr(Word(p + 2048, half * 8 + l), 2 * quarter), Mask(3));
+    return Simd::Or(low, Simd::Shl(high, 4));
+  }
+  static void Scales(const uint8_t* p, F* s, F*) {
+    const F d = Simd::LoadHalf(p + 3328);
+    for (int g = 0; g < 16; g++) s[g] = ScaleI8(d, Simd::LoadI8(p + 3072 + 16 * g));
+  }
+};
+
+template <int g>  // of 16 weights
+Q4_INLINE I TwoBits(const uint8_t* qs, int i) {
+  return Simd::And(Simd::Shr(Word(qs, (g / 8) * 8 + (g & 1) * 4 + i), 2 * ((g / 2) & 3)), Mask(3));
+}
+
+struct Q2_K : Base {  // scales[16], qs[64], d, dmin
+  static constexpr int block = 256, group = 16, bytes = 84;
+  static constexpr bool has_min = true;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) { return TwoBits<g>(p + 256, i); }
+  static void Scales(const uint8_t* p, F* s, F* m) {
+    const F d = Simd::LoadHalf(p + 1280), dmin = Simd::LoadHalf(p + 1312);
+    for (int g = 0; g < 16; g++) {
+      const I x = Simd::LoadU8(p + 16 * g);
+      s[g] = ScaleI8(d, Simd::And(x, Simd::ISet(15)));
+      m[g] = ScaleI8(dmin, Simd::Shr(x, 4));
+    }
+  }
+};
+
+struct Q3_K : Base {  // hmask[32], qs[64], scales[12], d
+  static constexpr int block = 256, group = 16, bytes = 110, offset = 4;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    const I high = Simd::And(Simd::Shr(Word(p, (g & 1) * 4 + i), g / 2), Mask(1));
+    return Simd::Or(TwoBits<g>(p + 512, i), Simd::Shl(high, 2));
+  }
+  static void Scales(const uint8_t* p, F* s, F*) {
+    const F d = Simd::LoadHalf(p + 1728);
+    for (int g = 0; g < 16; g++) {
+      const I low = Simd::And(Simd::Shr(Simd::LoadU8(p + 1536 + 16 * (g & 7)), g < 8 ? 0 : 4), Simd::ISet(15));
+      const I top = Simd::And(Simd::Shr(Simd::LoadU8(p + 1664 + 16 * (g & 3)), 2 * (g / 4)), Simd::ISet(3));
+      s[g] = ScaleI8(d, Simd::AddI(Simd::Or(low, Simd::Shl(top, 4)), Simd::ISet(-32)));
+    }
+  }
+};
+
+// ---- Floats: no codes; Value gives weight k of sixteen rows.
+
+struct F32 { static constexpr int bytes = 4; static F Value(const uint8_t* p) { return Simd::Load((const float*)p); } };
+struct F16 { static constexpr int bytes = 2; static F Value(const uint8_t* p) { return Simd::LoadHalf(p); } };
+struct BF16 { static constexpr int bytes = 2; static F Value(const uint8_t* p) { return Simd::LoadBf16(p); } };
+
+}  // namespace

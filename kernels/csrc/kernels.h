@@ -1,0 +1,65 @@
+// What one instruction set offers: a table of functions, filled once per kernels_<isa>.cc.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace q4 {
+
+// The order is shared with block_array.py (FORMAT_IDS).
+enum Format {
+  kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ2_K, kQ3_K, kQ4_K, kQ5_K, kQ6_K, kIQ4_NL, kIQ4_XS,
+  kNumFormats
+};
+
+constexpr int kRows = 16;  // Rows side by side in the x16 layout.
+
+// M rows of x as signed bytes: x = d[m][k / block] * q[m][k], and the sums that fold the weights'
+// offsets and minimums: sum16[m][k / 16] = sum of q, neg32f = -sum over 32, and so on.
+struct QuantizedX {
+  const int8_t* q;
+  const float* d;
+  const int32_t *sum16, *sum32;
+  const float *neg16f, *neg32f;
+};
+
+struct Matmul {
+  const uint8_t* w;   // x16 layout
+  const float* x;     // float32[M, K], used by float formats
+  QuantizedX qx;      // used by quantised formats
+  float* y;           // float32[M, N]
+  int64_t M, K, N;
+};
+
+struct Attention {
+  const float* q;               // [B, T, Hq, D]
+  const void *k, *v;            // [B, Hkv, S, D] of the cache's type
+  const int32_t *start, *length;  // [B]
+  float* out;                   // [B, T, Hq, D]
+  int64_t B, T, Hq, Hkv, S, D;
+  float scale;
+};
+
+struct Kernels {
+  const char* name;
+  // Quantises one row of K floats in blocks of 32 or 256.
+  void (*quantize)(const float* x, int64_t K, int block, int8_t* q, float* d, int32_t* sum16,
+                   int32_t* sum32, float* neg16f, float* neg32f);
+  // Tiles [begin, end) of 16 output rows.
+  void (*matmul[kNumFormats])(const Matmul& a, int64_t begin, int64_t end);
+  // Row `row` of the matrix as K floats.
+  void (*take_row[kNumFormats])(const uint8_t* w, int64_t K, int64_t row, float* out);
+  // Attention of queries [t0, t1) of batch row b and the query heads of KV head h; scratch holds
+  // (Hq / Hkv) * (S + 16) floats. half: the cache is float16, else float32.
+  void (*attention)(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1,
+                    float* scratch);
+  // Rounds n floats into the cache's type.
+  void (*store)(const float* x, int64_t n, bool half, void* out);
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace q4

@@ -1,0 +1,60 @@
+// Sixteen lanes as one AVX-512 register (needs F, BW, VL, DQ and VNNI).
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+#define Q4_INLINE inline __attribute__((always_inline))
+#define Q4_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+struct Simd {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kDirectRows = 4, kMicroRows = 8;
+
+  static F Zero() { return _mm512_setzero_ps(); }
+  static F Set(float x) { return _mm512_set1_ps(x); }
+  static F Load(const float* p) { return _mm512_loadu_ps(p); }
+  static void Store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F Add(F x, F y) { return _mm512_add_ps(x, y); }
+  static F Mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static F Fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static F LoadHalf(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static void StoreHalf(uint16_t* p, F x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F LoadBf16(const void* p) { return _mm512_castsi512_ps(Shl(LoadU16(p), 16)); }
+  static float Sum(F x) {
+    const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+  }
+
+  static I ISet(int32_t x) { return _mm512_set1_epi32(x); }
+  static I ILoad(const void* p) { return _mm512_loadu_si512(p); }
+  static void IStore(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static I LoadU8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static I LoadI8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static I LoadU16(const void* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  }
+  static I And(I x, I y) { return _mm512_and_si512(x, y); }
+  static I Or(I x, I y) { return _mm512_or_si512(x, y); }
+  static I Xor(I x, I y) { return _mm512_xor_si512(x, y); }
+  static I AddI(I x, I y) { return _mm512_add_epi32(x, y); }
+  static I MulI(I x, I y) { return _mm512_mullo_epi32(x, y); }
+  static I Shl(I x, int n) { return _mm512_slli_epi32(x, n); }
+  static I Shr(I x, int n) { return _mm512_srli_epi32(x, n); }
+  static F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
+  static I Lookup(I codes, const uint8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), codes);
+  }
+  template <bool wide>
+  static I Dot(I acc, I codes, int32_t x) {
+    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x));
+  }
+};
+
+}  // namespace

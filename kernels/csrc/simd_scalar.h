@@ -1,0 +1,122 @@
+// Sixteen lanes in portable C++ (GCC and Clang vector types): the implementation for any machine.
+// Every simd_*.h defines the same `Simd`; formats.h and the kernels are written once against it.
+#pragma once
+#include <stdint.h>
+
+// Small code matters more than speed here: without this, sixteen lanes of everything are inlined.
+#define Q4_INLINE inline
+#define Q4_LAMBDA
+
+namespace {
+
+inline float HalfToFloat(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  uint32_t bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000 | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {  // Zero and subnormals: mantissa * 2^-24 is exact in float.
+    const float value = (float)mantissa * 5.9604644775390625e-8f;
+    __builtin_memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float out;
+  __builtin_memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline uint16_t FloatToHalf(float f) {  // Round to nearest even, as the hardware does.
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;
+  if (bits < 0x38800000) {  // Subnormal half: let float addition do the rounding.
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    __builtin_memcpy(&bits, &magnitude, 4);
+    return sign | (uint16_t)(bits - 0x3f000000);
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return sign | (uint16_t)((bits - 0x38000000) >> 13);
+}
+
+struct Simd {
+  typedef float F __attribute__((vector_size(64)));
+  typedef uint32_t I __attribute__((vector_size(64)));
+  typedef int32_t Signed __attribute__((vector_size(64)));
+  static constexpr int kDirectRows = 1, kMicroRows = 2;
+
+  static F Zero() { return F{}; }
+  static F Set(float x) { return x - F{}; }
+  static F Load(const float* p) { F r; __builtin_memcpy(&r, p, 64); return r; }
+  static void Store(float* p, F a) { __builtin_memcpy(p, &a, 64); }
+  static F Add(F a, F b) { return a + b; }
+  static F Mul(F a, F b) { return a * b; }
+  static F Fma(F a, F b, F c) { return a * b + c; }
+  static __attribute__((noinline)) F LoadHalf(const void* p) {
+    uint16_t h[16];
+    __builtin_memcpy(h, p, 32);
+    F r;
+    for (int i = 0; i < 16; i++) r[i] = HalfToFloat(h[i]);
+    return r;
+  }
+  static __attribute__((noinline)) void StoreHalf(uint16_t* p, F a) { for (int i = 0; i < 16; i++) p[i] = FloatToHalf(a[i]); }
+  static F LoadBf16(const void* p) {
+    const I bits = LoadU16(p) << 16;
+    F r;
+    __builtin_memcpy(&r, &bits, 64);
+    return r;
+  }
+  static float Sum(F a) {  // The same tree as the vector versions, so that results agree.
+    for (int width = 8; width > 0; width /= 2)
+      for (int i = 0; i < width; i++) a[i] += a[i + width];
+    return a[0];
+  }
+
+  static I ISet(int32_t x) { return (uint32_t)x + I{}; }
+  static I ILoad(const void* p) { I r; __builtin_memcpy(&r, p, 64); return r; }
+  static void IStore(void* p, I a) { __builtin_memcpy(p, &a, 64); }
+  static __attribute__((noinline)) I LoadU8(const uint8_t* p) { I r; for (int i = 0; i < 16; i++) r[i] = p[i]; return r; }
+  static __attribute__((noinline)) I LoadI8(const uint8_t* p) {
+    I r;
+    for (int i = 0; i < 16; i++) r[i] = (uint32_t)(int32_t)(int8_t)p[i];
+    return r;
+  }
+  static __attribute__((noinline)) I LoadU16(const void* p) {
+    uint16_t h[16];
+    __builtin_memcpy(h, p, 32);
+    I r;
+    for (int i = 0; i < 16; i++) r[i] = h[i];
+    return r;
+  }
+  static I And(I a, I b) { return a & b; }
+  static I Or(I a, I b) { return a | b; }
+  static I Xor(I a, I b) { return a ^ b; }
+  static I AddI(I a, I b) { return a + b; }
+  static I MulI(I a, I b) { return a * b; }
+  static I Shl(I a, int n) { return a << n; }
+  static I Shr(I a, int n) { return a >> n; }
+  static F ToFloat(I a) { return __builtin_convertvector((Signed)a, F); }
+  // Each byte of `codes` (0..15) replaced by table[code].
+  static __attribute__((noinline)) I Lookup(I codes, const uint8_t* table) {
+    uint8_t b[64];
+    __builtin_memcpy(b, &codes, 64);
+    for (int i = 0; i < 64; i++) b[i] = table[b[i] & 15];
+    return ILoad(b);
+  }
+  // acc[lane] += sum over 4 bytes of unsigned codes times the signed bytes of x.
+  // wide: the codes may exceed 127 (matters to AVX2 only).
+  template <bool wide>
+  static __attribute__((noinline)) I Dot(I acc, I codes, int32_t x) {
+    acc += (codes & 255) * (uint32_t)(int32_t)(int8_t)x;
+    acc += (codes >> 8 & 255) * (uint32_t)(int32_t)(int8_t)(x >> 8);
+    acc += (codes >> 16 & 255) * (uint32_t)(int32_t)(int8_t)(x >> 16);
+    return acc + (codes >> 24) * (uint32_t)(x >> 24);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,135 @@
+"""The layers of a Llama as Flax modules: a weight is a float array or a quantised `BlockArray`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from q4jax_kernels.attention import Cache, cached_attention, causal_attention
+from q4jax_kernels.block_array import BlockArray
+from q4jax_kernels.int4_matmul import int4_matmul, take_rows
+
+from q4jax.config import LlamaConfig
+from q4jax.model.rope import rotate
+
+Weight = jax.Array | BlockArray
+
+
+class QWeight(nnx.Variable):
+  """A frozen quantised matrix (a `BlockArray`): saved and listed, never trained."""
+
+
+def variable(value: Weight) -> nnx.Variable:
+  """Wraps a parameter in the variable kind that says whether it can be trained."""
+  return QWeight(value) if isinstance(value, BlockArray) else nnx.Param(value)
+
+
+def project(
+  x: jax.Array, weights: list[nnx.Variable], dtype: jnp.dtype
+) -> list[jax.Array]:
+  """x [..., K] times the transpose of each weight [N, K]: a list of [..., N] in x's dtype.
+
+  Quantised weights go through one call of the int4 matmul, which reads x once for all of them.
+  Float weights are multiplied in `dtype` with float32 accumulation.
+  """
+  values = [w.get_value() for w in weights]
+  if all(isinstance(w, BlockArray) for w in values):
+    return int4_matmul(x, values)
+  return [_float_matmul(x, w, dtype) for w in values]
+
+
+def _float_matmul(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
+  if isinstance(w, BlockArray):
+    return int4_matmul(x, [w])[0]
+  y = jnp.einsum(
+    "...k,nk->...n", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
+  )
+  return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """y = x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
+
+  def __init__(self, weight: jax.Array, eps: float):
+    self.weight = variable(weight)
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    weight = self.weight.get_value().astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(variance + self.eps) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    return y.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with RoPE; biases and q/k norms where the config has them."""
+
+  def __init__(self, config: LlamaConfig, make, prefix: str, dtype: jnp.dtype):
+    c = config
+    q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    self.config, self.dtype = config, dtype
+    self.q = variable(make(f"{prefix}attn_q.weight", (q_dim, c.d_model)))
+    self.k = variable(make(f"{prefix}attn_k.weight", (kv_dim, c.d_model)))
+    self.v = variable(make(f"{prefix}attn_v.weight", (kv_dim, c.d_model)))
+    self.output = variable(make(f"{prefix}attn_output.weight", (c.d_model, q_dim)))
+    if c.qkv_bias:
+      self.q_bias = variable(make(f"{prefix}attn_q.bias", (q_dim,)))
+      self.k_bias = variable(make(f"{prefix}attn_k.bias", (kv_dim,)))
+      self.v_bias = variable(make(f"{prefix}attn_v.bias", (kv_dim,)))
+    if c.qk_norm:
+      self.q_norm = RMSNorm(make(f"{prefix}attn_q_norm.weight", (c.head_dim,)), c.norm_eps)
+      self.k_norm = RMSNorm(make(f"{prefix}attn_k_norm.weight", (c.head_dim,)), c.norm_eps)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: Cache | None,
+    start: jax.Array | None,
+    length: jax.Array | None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """x [B, T, D] -> (y [B, T, D], cache). Without a cache, plain causal attention over T."""
+    c, (b, t, _) = self.config, x.shape
+    q, k, v = project(x, [self.q, self.k, self.v], self.dtype)
+    if c.qkv_bias:
+      q, k, v = (
+        a + bias.get_value().astype(a.dtype).reshape(1, 1, -1)
+        for a, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+      )
+    q = q.reshape(b, t, c.num_heads, c.head_dim)
+    k = k.reshape(b, t, c.num_kv_heads, c.head_dim)
+    v = v.reshape(b, t, c.num_kv_heads, c.head_dim)
+    if c.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if cache is None:
+      out = causal_attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
+    else:
+      out, cache = cached_attention(q, k, v, cache, start, length)
+    out = out.astype(x.dtype).reshape(b, t, c.num_heads * c.head_dim)
+    return project(out, [self.output], self.dtype)[0], cache
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  def __init__(self, config: LlamaConfig, make, prefix: str, dtype: jnp.dtype):
+    self.dtype = dtype
+    self.gate = variable(make(f"{prefix}ffn_gate.weight", (config.d_ffn, config.d_model)))
+    self.up = variable(make(f"{prefix}ffn_up.weight", (config.d_ffn, config.d_model)))
+    self.down = variable(make(f"{prefix}ffn_down.weight", (config.d_model, config.d_ffn)))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate, up = project(x, [self.gate, self.up], self.dtype)
+    return project(jax.nn.silu(gate) * up, [self.down], self.dtype)[0]
+
+
+class Embedding(nnx.Module):
+  """Rows of the embedding table, and the output projection when it is tied."""
+
+  def __init__(self, weight: Weight):
+    self.weight = variable(weight)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """int32[B, T] -> float32[B, T, D]."""
+    return take_rows(self.weight.get_value(), tokens)

@@ -1,0 +1,125 @@
+"""Llama (and Qwen 2 / 3) as one Flax module: tokens in, logits out, with or without a KV cache."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from q4jax_kernels.attention import Cache
+from q4jax_kernels.block_array import BlockArray
+
+from q4jax.config import LlamaConfig
+from q4jax.model.layers import Attention, Embedding, FeedForward, RMSNorm, Weight, project, variable
+from q4jax.model.rope import cos_sin
+
+# Supplies the parameter of a GGUF name, e.g. ("blk.0.attn_q.weight", (N * H, D)).
+Make = Callable[[str, tuple[int, ...]], Weight]
+
+
+class Block(nnx.Module):
+  """One transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+  def __init__(self, config: LlamaConfig, make: Make, index: int, dtype: jnp.dtype):
+    prefix = f"blk.{index}."
+    self.attn_norm = RMSNorm(make(f"{prefix}attn_norm.weight", (config.d_model,)), config.norm_eps)
+    self.attn = Attention(config, make, prefix, dtype)
+    self.ffn_norm = RMSNorm(make(f"{prefix}ffn_norm.weight", (config.d_model,)), config.norm_eps)
+    self.ffn = FeedForward(config, make, prefix, dtype)
+
+  def __call__(self, x, cos, sin, cache, start, length) -> tuple[jax.Array, Cache | None]:
+    y, cache = self.attn(self.attn_norm(x), cos, sin, cache, start, length)
+    x = x + y
+    return x + self.ffn(self.ffn_norm(x)), cache
+
+
+class Llama(nnx.Module):
+  """A decoder-only transformer in the family of Llama.
+
+  Weights are asked for by their GGUF names, so one constructor serves random initialisation,
+  loading and abstract shapes. Matrices are [outputs, inputs], applied as `x @ W.T`.
+
+  Args:
+    config: dimensions and constants.
+    make: `make(name, shape)` returns the parameter: a float array, or a `BlockArray` for a matrix.
+    dtype: what float matrices are multiplied in (float32 accumulation). Quantised matrices do not
+      depend on it. The residual stream is float32.
+  """
+
+  def __init__(self, config: LlamaConfig, make: Make, dtype: jnp.dtype = jnp.float32):
+    self.config, self.dtype = config, dtype
+    self.embedding = Embedding(make("token_embd.weight", (config.vocab_size, config.d_model)))
+    self.rope_factors = (
+      nnx.Variable(make("rope_freqs.weight", (config.head_dim // 2,)))
+      if config.rope_factors
+      else None
+    )
+    self.blocks = nnx.List(Block(config, make, i, dtype) for i in range(config.num_layers))
+    self.output_norm = RMSNorm(make("output_norm.weight", (config.d_model,)), config.norm_eps)
+    self.output = (
+      None
+      if config.tied
+      else variable(make("output.weight", (config.vocab_size, config.d_model)))
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Causal logits without a cache: int32[B, T] -> float32[B, T, V]. Differentiable."""
+    x, _ = self.hidden(tokens)
+    return self.unembed(x)
+
+  def hidden(
+    self,
+    tokens: jax.Array,
+    caches: Sequence[Cache] | None = None,
+    start: jax.Array | None = None,
+    length: jax.Array | None = None,
+  ) -> tuple[jax.Array, list[Cache] | None]:
+    """The normalised last hidden state, float32[B, T, D], and the updated caches.
+
+    Args:
+      tokens: int32[B, T]; row b holds `length[b]` real tokens, the rest is padding.
+      caches: one per layer; None runs plain causal attention from position 0.
+      start: int32[B], the position of each row's first token (= tokens already cached).
+      length: int32[B], real tokens in each row; padding is neither stored nor attended to.
+    """
+    t = tokens.shape[1]
+    positions = jnp.arange(t, dtype=jnp.int32).reshape(1, t)
+    if start is not None:
+      positions = positions + start.reshape(-1, 1)
+    factors = None if self.rope_factors is None else self.rope_factors.get_value()
+    cos, sin = cos_sin(positions, self.config, factors)
+    x = self.embedding(tokens)
+    new = []
+    for i, block in enumerate(self.blocks):
+      x, cache = block(x, cos, sin, None if caches is None else caches[i], start, length)
+      new.append(cache)
+    return self.output_norm(x), None if caches is None else new
+
+  def unembed(self, x: jax.Array) -> jax.Array:
+    """Logits float32[..., V] of normalised hidden states [..., D]."""
+    head = self.embedding.weight if self.output is None else self.output
+    return project(x, [head], self.dtype)[0].astype(jnp.float32)
+
+
+def random_params(config: LlamaConfig, key: jax.Array, std: float = 0.02) -> Make:
+  """A `make` that draws matrices from N(0, std^2), output layers scaled by 1/sqrt(2 L) as in GPT-2.
+
+  Norms are ones, biases zeros. Each parameter's draw depends only on the key and its name.
+  """
+
+  def make(name: str, shape: tuple[int, ...]) -> jax.Array:
+    if name == "rope_freqs.weight" or "norm" in name:
+      return jnp.ones(shape, jnp.float32)
+    if name.endswith(".bias"):
+      return jnp.zeros(shape, jnp.float32)
+    residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
+    scale = std / (2 * config.num_layers) ** 0.5 if residual else std
+    seed = jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+    return scale * jax.random.normal(seed, shape, jnp.float32)
+
+  return make
+
+
+def num_params(model: Llama) -> int:
+  """The number of weights, quantised ones counted as values rather than bytes."""
+  leaves = jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, BlockArray))
+  return sum(int(jnp.prod(jnp.array(leaf.shape))) for leaf in leaves)
