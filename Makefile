@@ -1,0 +1,97 @@
+# `make demo` and `make test` set up all they need: a virtual environment, the packages of
+# constraints.txt, the native CPU library. Nothing is done twice; `make help` lists the targets.
+
+# The newest Python that runs (a pyenv shim may be there and not run); PYTHON=... overrules.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+# More workers than this help little: each compiles its own programs.
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+NATIVE := kernels/q4jax_kernels/_native.so
+HEADERS := build/headers
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: $(INSTALLED) $(NATIVE) ## watch the embedded int4 Llama write text
+	$(BIN)/q4jax demo
+
+.PHONY: test
+test: $(INSTALLED) $(NATIVE) ## run all tests but the slow ones
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+.PHONY: oracles
+oracles: $(INSTALLED) $(NATIVE) ## compare with llama.cpp and transformers (slow: builds llama.cpp)
+	$(BIN)/pip install --quiet --constraint=constraints.txt --editable '.[dev,oracle]'
+	$(BIN)/python -m pytest -m 'oracle or slow'
+
+.PHONY: test-matrix
+test-matrix: ## run `make test` on every supported Python that pyenv or the PATH has
+	@for v in 3.11 3.12 3.13; do \
+	  python=$$(ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python 2>/dev/null | sort -V | tail -n 1 || true); \
+	  python=$${python:-$$(command -v python$$v)} || { echo "make: no python$$v here, skipped"; continue; }; \
+	  echo "make: python$$v"; $(MAKE) test PYTHON="$$python" VENV=.venv-$$v || exit; \
+	done
+
+.PHONY: lint
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(INSTALLED) ## rewrite the code in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: native
+native: $(INSTALLED) $(NATIVE) ## build the C++ CPU library where its sources changed
+
+.PHONY: check-wheel
+check-wheel: $(INSTALLED) ## build a wheel, install it into a fresh environment and run it there
+	rm -rf build/wheel build/lib*
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir=build/wheel .
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet --constraint=constraints.txt build/wheel/*.whl
+	cd build/wheel && venv/bin/python -c 'import ctypes, pathlib, q4jax_kernels; \
+	  ctypes.CDLL(str(pathlib.Path(q4jax_kernels.__file__).with_name("_native.so")))'
+	cd build/wheel && venv/bin/q4jax --help
+
+.PHONY: constraints
+constraints: $(INSTALLED) ## pin the newest versions of everything anew, for all Pythons
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version=3.11 --no-annotate \
+	  --custom-compile-command='make constraints' --extra=dev --extra=serve --extra=viz \
+	  --output-file=constraints.txt pyproject.toml
+
+.PHONY: clean
+clean: ## remove what make made
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(NATIVE)
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo 'make: q4jax needs Python 3.11 or newer; none found. Install one (Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'make: $(PYTHON) cannot make virtual environments. Debian packs that apart: apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# pip builds the native library too, in isolation, against the jaxlib that pyproject.toml pins.
+$(INSTALLED): $(BIN)/python pyproject.toml setup.py constraints.txt
+	rm -f $(NATIVE)
+	$(BIN)/pip install --quiet --constraint=constraints.txt --editable '.[dev]'
+	touch $@
+
+# For a changed source, and where pip had no compiler: pip keeps the warning to itself.
+$(NATIVE): $(wildcard kernels/csrc/*) | $(INSTALLED)
+	@rm -f $@
+	@test -d $(HEADERS) || $(BIN)/pip install --quiet --no-deps --target=$(HEADERS) \
+	  --requirement=<(sed -n 's/.*"\(jaxlib==.*\)".*/\1/p' pyproject.toml)
+	PYTHONPATH=$(HEADERS) $(BIN)/python setup.py --quiet build_ext --inplace
+	@test -e $@ || ! command -v $${CXX:-g++} > /dev/null
