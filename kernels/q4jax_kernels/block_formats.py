@@ -111,7 +111,7 @@ def q4_k(blocks: Array, xp: ModuleType = jnp) -> Array:
 
 
 def q5_k(blocks: Array, xp: ModuleType = jnp) -> Array:
-  """Bytes: d f16 | d_min f16 | scales and minimums u8[12] | fifth bits q1(32)[32] | low q4(32)[128].
+  """Bytes: d f16 | d_min f16 | factors u8[12] | fifth bits q1(32)[32] | low q4(32)[128].
 
   8 groups of 32, as q4_k with codes of 5 bits.
   """
