@@ -60,7 +60,7 @@ check-wheel: $(INSTALLED) ## build a wheel, install it into a fresh environment 
 	rm -rf build/wheel build/lib*
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir=build/wheel .
 	$(BIN)/python -m venv build/wheel/venv
-	build/wheel/venv/bin/pip install --quiet --constraint=constraints.txt build/wheel/*.whl
+	build/wheel/venv/bin/pip install --quiet --no-compile --constraint=constraints.txt build/wheel/*.whl
 	cd build/wheel && venv/bin/python -c 'import ctypes, pathlib, q4jax_kernels; \
 	  ctypes.CDLL(str(pathlib.Path(q4jax_kernels.__file__).with_name("_native.so")))'
 	cd build/wheel && venv/bin/q4jax --help
@@ -85,7 +85,7 @@ $(BIN)/python:
 # pip builds the native library too, in isolation, against the jaxlib that pyproject.toml pins.
 $(INSTALLED): $(BIN)/python pyproject.toml setup.py constraints.txt
 	rm -f $(NATIVE)
-	$(BIN)/pip install --quiet --constraint=constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint=constraints.txt --editable '.[dev]'
 	touch $@
 
 # For a changed source, and where pip had no compiler: pip keeps the warning to itself.
