@@ -1,0 +1,283 @@
+// The XLA FFI handlers of the CPU library, and the plain C functions that Python calls by ctypes.
+// Shapes are validated in Python (api.py) and again here: a wrong one is an error, never a crash.
+#include <string.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace ffi = xla::ffi;
+
+namespace q4 {
+namespace {
+
+// Weights of a block and bytes of a block, by Format.
+constexpr int kBlockSize[kNumFormats] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256, 32, 256};
+constexpr int kBlockBytes[kNumFormats] = {4, 2, 2, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210, 18, 136};
+
+// 0 = the best this processor has; otherwise 1 + index into this order.
+const Kernels* Select(int64_t isa) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (isa == 0) return avx512 ? &kAvx512 : avx2 ? &kAvx2 : &kScalar;
+  if (isa == 3) return avx512 ? &kAvx512 : nullptr;
+  if (isa == 2) return avx2 ? &kAvx2 : nullptr;
+#endif
+  return isa <= 1 ? &kScalar : nullptr;
+}
+
+ffi::Error Invalid(const std::string& what) { return ffi::Error::InvalidArgument("q4jax: " + what); }
+
+int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
+
+// x rounded to signed bytes in blocks of 32 or 256, in memory that is kept between calls.
+struct Activations {
+  std::vector<int8_t> q;
+  std::vector<float> d, neg16f, neg32f;
+  std::vector<int32_t> sum16, sum32;
+
+  void Resize(int64_t M, int64_t K) {
+    q.resize(M * K);
+    d.resize(M * (K / 32));
+    sum16.resize(M * (K / 16)), neg16f.resize(M * (K / 16));
+    sum32.resize(M * (K / 32)), neg32f.resize(M * (K / 32));
+  }
+  void Row(const Kernels& kernels, const float* x, int64_t m, int64_t K, int block) {
+    kernels.quantize(x + m * K, K, block, &q[m * K], &d[m * (K / block)], &sum16[m * (K / 16)],
+                     &sum32[m * (K / 32)], &neg16f[m * (K / 16)], &neg32f[m * (K / 32)]);
+  }
+  QuantizedX View() const {
+    return {q.data(), d.data(), sum16.data(), sum32.data(), neg16f.data(), neg32f.data()};
+  }
+};
+
+ffi::Error CheckWeight(const ffi::Buffer<ffi::U8>& w, int64_t format, int64_t K, int64_t N) {
+  if (format < 0 || format >= kNumFormats) return Invalid("unknown format id " + std::to_string(format));
+  if (K % kBlockSize[format]) return Invalid("K is not a multiple of the weight's block");
+  const int64_t bytes = (N + kRows - 1) / kRows * kRows * (K / kBlockSize[format]) * kBlockBytes[format];
+  if ((int64_t)w.size_bytes() != bytes)
+    return Invalid("weight has " + std::to_string(w.size_bytes()) + " bytes, expected " + std::to_string(bytes));
+  return ffi::Error::Success();
+}
+
+// y_i = x W_i^T for one or more weights that share x.
+ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs ws, ffi::RemainingRets ys,
+                      ffi::Span<const int64_t> formats, int64_t isa) {
+  const Kernels* kernels = Select(isa);
+  if (!kernels) return Invalid("this processor lacks the instruction set that was named");
+  if (x.dimensions().size() != 2) return Invalid("x must have two dimensions");
+  if (ws.size() != ys.size() || ws.size() != formats.size()) return Invalid("weights, outputs and formats differ in number");
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+
+  std::vector<Matmul> calls(ws.size());
+  bool need32 = false, need256 = false;
+  for (size_t i = 0; i < ws.size(); i++) {
+    auto w = ws.get<ffi::Buffer<ffi::U8>>(i);
+    auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
+    if (!w.has_value() || !y.has_value()) return Invalid("weights must be uint8, outputs float32");
+    const auto dims = (*y)->dimensions();
+    if (dims.size() != 2 || dims[0] != M) return Invalid("an output has the wrong shape");
+    if (ffi::Error error = CheckWeight(*w, formats[i], K, dims[1]); error.failure()) return error;
+    calls[i] = {w->typed_data(), x.typed_data(), {}, (*y)->typed_data(), M, K, dims[1]};
+    need32 |= kBlockSize[formats[i]] == 32;
+    need256 |= kBlockSize[formats[i]] == 256;
+  }
+  if (M == 0) return ffi::Error::Success();
+
+  const int64_t threads = Threads(pool);
+  static thread_local Activations x32, x256;
+  Activations &a32 = x32, &a256 = x256;  // This thread's, also inside the lambdas below.
+  if (need32) a32.Resize(M, K);
+  if (need256) a256.Resize(M, K);
+  if (need32 || need256) {
+    ParallelFor(pool, M * K >= 65536 ? threads : 1, M, [&](int64_t m) {
+      if (need32) a32.Row(*kernels, x.typed_data(), m, K, 32);
+      if (need256) a256.Row(*kernels, x.typed_data(), m, K, 256);
+    });
+  }
+
+  // Cut all outputs into pieces of about equal bytes, several for each thread, so that a thread
+  // that is held up leaves its share to the others.
+  struct Piece { size_t call; int64_t begin, end; };
+  static thread_local std::vector<Piece> cut;
+  std::vector<Piece>& pieces = cut;
+  pieces.clear();
+  int64_t total = 0;
+  for (size_t i = 0; i < calls.size(); i++) total += ws.get<ffi::Buffer<ffi::U8>>(i)->size_bytes();
+  const int64_t per_piece = std::max<int64_t>(total / (threads * 8), 32 << 10);
+  for (size_t i = 0; i < calls.size(); i++) {
+    const int64_t format = formats[i], tiles = (calls[i].N + kRows - 1) / kRows;
+    const int64_t tile_bytes = K / kBlockSize[format] * kBlockBytes[format] * kRows;
+    const int64_t step = std::max<int64_t>(4, per_piece / std::max<int64_t>(tile_bytes, 1) / 4 * 4);
+    for (int64_t t = 0; t < tiles; t += step) pieces.push_back({i, t, std::min(t + step, tiles)});
+    calls[i].qx = kBlockSize[format] == 256 ? a256.View() : a32.View();
+  }
+  ParallelFor(pool, threads, pieces.size(), [&](int64_t p) {
+    const Piece& piece = pieces[p];
+    kernels->matmul[formats[piece.call]](calls[piece.call], piece.begin, piece.end);
+  });
+  return ffi::Error::Success();
+}
+
+// out[i] = row ids[i] of the matrix, as floats; an id outside the matrix is an error.
+ffi::Error TakeRowsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::U8> w,
+                        ffi::ResultBuffer<ffi::F32> out, int64_t format, int64_t num_rows, int64_t isa) {
+  const Kernels* kernels = Select(isa);
+  if (!kernels) return Invalid("this processor lacks the instruction set that was named");
+  if (out->dimensions().size() != 2) return Invalid("the output must have two dimensions");
+  const int64_t K = out->dimensions()[1], count = ids.element_count();
+  if (out->dimensions()[0] != count) return Invalid("ids and output differ in rows");
+  if (ffi::Error error = CheckWeight(w, format, K, num_rows); error.failure()) return error;
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t id = ids.typed_data()[i];
+    if (id < 0 || id >= num_rows)
+      return Invalid("row " + std::to_string(id) + " is outside the matrix of " + std::to_string(num_rows) + " rows");
+  }
+  ParallelFor(pool, count >= 8 ? Threads(pool) : 1, count, [&](int64_t i) {
+    kernels->take_row[format](w.typed_data(), K, ids.typed_data()[i], out->typed_data() + i * K);
+  });
+  return ffi::Error::Success();
+}
+
+// Stores the new keys and values at start[b] .. start[b] + length[b], then attends over all slots
+// up to each query's own. The caches are donated: results alias them.
+ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                         ffi::Buffer<ffi::F32> v, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache,
+                         ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> length, ffi::ResultBuffer<ffi::F32> out,
+                         ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out, float scale,
+                         int64_t isa) {
+  const Kernels* kernels = Select(isa);
+  if (!kernels) return Invalid("this processor lacks the instruction set that was named");
+  const auto qd = q.dimensions(), kd = k.dimensions(), cd = k_cache.dimensions();
+  if (qd.size() != 4 || kd.size() != 4 || cd.size() != 4) return Invalid("attention needs four dimensions");
+  Attention a{q.typed_data(), k_out->untyped_data(), v_out->untyped_data(), start.typed_data(), length.typed_data(),
+              out->typed_data(), qd[0], qd[1], qd[2], kd[2], cd[2], qd[3], scale};
+  const bool half = k_cache.element_type() == ffi::F16;
+  const int64_t bytes = half ? 2 : 4;
+  if (!half && k_cache.element_type() != ffi::F32) return Invalid("the cache must be float16 or float32");
+  if (v_cache.element_type() != k_cache.element_type() || v_cache.element_count() != k_cache.element_count() ||
+      k_out->element_count() != k_cache.element_count() || v_out->element_count() != k_cache.element_count() ||
+      (int64_t)k_cache.element_count() != a.B * a.Hkv * a.S * a.D || v.element_count() != k.element_count() ||
+      (int64_t)k.element_count() != a.B * a.T * a.Hkv * a.D || a.Hq % a.Hkv ||
+      (int64_t)start.element_count() != a.B || (int64_t)length.element_count() != a.B)
+    return Invalid("attention's arguments do not fit each other");
+  for (int64_t b = 0; b < a.B; b++) {
+    if (a.start[b] < 0 || a.length[b] < 0 || a.length[b] > a.T || (int64_t)a.start[b] + a.length[b] > a.S)
+      return Invalid("the cache of " + std::to_string(a.S) + " slots cannot hold " + std::to_string(a.length[b]) +
+                     " tokens from position " + std::to_string(a.start[b]));
+  }
+  // Where XLA did not alias (no donation), the results start as copies.
+  const size_t cache_bytes = k_cache.size_bytes();
+  if (k_out->untyped_data() != k_cache.untyped_data()) memcpy(k_out->untyped_data(), k_cache.untyped_data(), cache_bytes);
+  if (v_out->untyped_data() != v_cache.untyped_data()) memcpy(v_out->untyped_data(), v_cache.untyped_data(), cache_bytes);
+
+  for (int64_t b = 0; b < a.B; b++) {
+    for (int64_t t = 0; t < a.length[b]; t++) {
+      for (int64_t h = 0; h < a.Hkv; h++) {
+        const int64_t from = ((b * a.T + t) * a.Hkv + h) * a.D;
+        const int64_t to = (((b * a.Hkv + h) * a.S) + a.start[b] + t) * a.D * bytes;
+        kernels->store(k.typed_data() + from, a.D, half, (uint8_t*)k_out->untyped_data() + to);
+        kernels->store(v.typed_data() + from, a.D, half, (uint8_t*)v_out->untyped_data() + to);
+      }
+    }
+  }
+
+  int64_t most_slots = 0;
+  for (int64_t b = 0; b < a.B; b++) most_slots = std::max<int64_t>(most_slots, a.start[b] + a.length[b]);
+  const int64_t queries = 16, splits = (a.T + queries - 1) / queries;
+  const int64_t work = a.B * a.T * a.Hq * most_slots * a.D;
+  ParallelFor(pool, work >= 32768 ? Threads(pool) : 1, a.B * a.Hkv * splits, [&](int64_t i) {
+    static thread_local std::vector<float> scratch;
+    scratch.resize((a.Hq / a.Hkv) * (a.S + 16));
+    const int64_t split = i % splits, h = i / splits % a.Hkv, b = i / splits / a.Hkv;
+    kernels->attention(a, half, b, h, split * queries, std::min(a.T, (split + 1) * queries), scratch.data());
+  });
+  return ffi::Error::Success();
+}
+
+struct Field { int64_t size, offset, block_bytes; };
+
+template <int word>
+void InterleaveField(const uint8_t* in, uint8_t* out, int64_t blocks, Field f, bool reverse) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t tile = (b * f.block_bytes + f.offset) * kRows;
+    for (int64_t row = 0; row < kRows; row++) {
+      const int64_t plain = (row * blocks + b) * f.block_bytes + f.offset;
+      for (int64_t at = 0; at < f.size; at += word) {
+        const int64_t p = plain + at, t = tile + at * kRows + row * word;
+        reverse ? memcpy(out + p, in + t, word) : memcpy(out + t, in + p, word);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace q4
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_matmul, q4::MatmulImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_take_rows, q4::TakeRowsImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<int64_t>("num_rows")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_attention, q4::AttentionImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("isa"));
+
+extern "C" {
+
+// The name of the instruction set that `isa` (0 = best) selects, or null.
+const char* q4jax_isa_name(int64_t isa) {
+  const q4::Kernels* kernels = q4::Select(isa);
+  return kernels ? kernels->name : nullptr;
+}
+
+// Interleaves (or, with `reverse`, separates) 16 rows of `blocks` blocks each: every field of
+// `fields` {size, word} is cut into words, and word w of the 16 rows lies side by side.
+void q4jax_interleave(const uint8_t* in, uint8_t* out, int64_t blocks, int64_t num_fields, const int64_t* fields,
+                      bool reverse) {
+  int64_t block_bytes = 0, offset = 0;
+  for (int64_t f = 0; f < num_fields; f++) block_bytes += fields[2 * f];
+  for (int64_t f = 0; f < num_fields; f++) {
+    const q4::Field field{fields[2 * f], offset, block_bytes};
+    switch (fields[2 * f + 1]) {
+      case 1: q4::InterleaveField<1>(in, out, blocks, field, reverse); break;
+      case 2: q4::InterleaveField<2>(in, out, blocks, field, reverse); break;
+      default: q4::InterleaveField<4>(in, out, blocks, field, reverse);
+    }
+    offset += field.size;
+  }
+}
+
+}  // extern "C"

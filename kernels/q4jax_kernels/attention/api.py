@@ -1,0 +1,46 @@
+"""One door to attention: plain causal attention, and attention over a contiguous KV cache."""
+
+import jax
+import jax.numpy as jnp
+
+from q4jax_kernels import ffi
+from q4jax_kernels.attention import cpu, reference
+
+# One layer's keys and values, [B, K, S, H] each; slot s holds position s.
+Cache = tuple[jax.Array, jax.Array]
+
+causal_attention = reference.causal_attention
+
+
+def cached_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: Cache,
+  start: jax.Array,
+  length: jax.Array,
+) -> tuple[jax.Array, Cache]:
+  """Appends new keys and values to the cache, then attends causally over all filled slots.
+
+  Args:
+    q: float32[B, T, N, H], RoPE applied; k, v: float32[B, T, K, H], N a multiple of K.
+    cache: keys and values [B, K, S, H] in float16, bfloat16 or float32; donated where possible.
+    start: int32[B], slots already filled; the new tokens take slots start .. start + length - 1.
+    length: int32[B], real tokens among the T; the rest is padding: not stored, output zero.
+
+  Returns:
+    float32[B, T, N, H] and the updated cache. start + length <= S is the caller's to ensure.
+  """
+  native = cache[0].dtype in (jnp.float16, jnp.float32) and ffi.available()
+  if not native:
+    return reference.cached_attention(q, k, v, cache, start, length)
+  return jax.lax.platform_dependent(
+    q,
+    k,
+    v,
+    cache,
+    start,
+    length,
+    cpu=cpu.cached_attention,
+    default=reference.cached_attention,
+  )

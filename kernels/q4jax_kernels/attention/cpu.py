@@ -1,0 +1,35 @@
+"""The native CPU attention (csrc/attention_kernel.h): appends to the donated cache in place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from q4jax_kernels import ffi
+
+
+def cached_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  start: jax.Array,
+  length: jax.Array,
+  isa: str = "best",
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Shapes as in api.py; the cache is float16 or float32. Only filled slots are read."""
+  k_cache, v_cache = cache
+  call = jax.ffi.ffi_call(
+    "q4jax_attention",
+    [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k_cache, v_cache)],
+    input_output_aliases={3: 1, 4: 2},
+  )
+  out, k_cache, v_cache = call(
+    *(a.astype(jnp.float32) for a in (q, k, v)),
+    k_cache,
+    v_cache,
+    start,
+    length,
+    scale=np.float32(q.shape[-1] ** -0.5),
+    isa=np.int64(ffi.ISA_IDS[isa]),
+  )
+  return out, (k_cache, v_cache)

@@ -1,0 +1,42 @@
+"""The specification of attention, in jax.numpy; also what GPU and TPU run today."""
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Causal grouped-query attention: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]."""
+  return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def cached_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  start: jax.Array,
+  length: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Appends k, v to the cache and attends to it. Shapes as in api.py."""
+  b, t, n, h = q.shape
+  k_cache, v_cache = cache
+  slots = k_cache.shape[2]
+  step = jnp.arange(t, dtype=jnp.int32).reshape(1, t)
+  # Padding is sent past the last slot and dropped.
+  slot = jnp.where(step < length.reshape(b, 1), start.reshape(b, 1) + step, slots)
+  row = jnp.arange(b, dtype=jnp.int32).reshape(b, 1)
+  k_cache = k_cache.at[row, :, slot].set(k.astype(k_cache.dtype), mode="drop")
+  v_cache = v_cache.at[row, :, slot].set(v.astype(v_cache.dtype), mode="drop")
+
+  kv_heads = k.shape[2]
+  query = q.reshape(b, t, kv_heads, n // kv_heads, h).astype(jnp.float32)
+  logits = jnp.einsum("btkrh,bksh->bkrts", query, k_cache.astype(jnp.float32)) * h**-0.5
+  position = start.reshape(b, 1, 1, 1, 1) + step.reshape(1, 1, 1, t, 1)
+  seen = jnp.arange(slots, dtype=jnp.int32).reshape(1, 1, 1, 1, slots) <= position
+  p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
+  # Slots that were never written may hold anything, NaN included, and 0 * NaN is NaN.
+  filled = jnp.arange(slots).reshape(1, 1, slots, 1) < (start + length).reshape(b, 1, 1, 1)
+  values = jnp.where(filled, v_cache.astype(jnp.float32), 0.0)
+  out = jnp.einsum("bkrts,bksh->btkrh", p, values).reshape(b, t, n, h)
+  real = (step < length.reshape(b, 1)).reshape(b, t, 1, 1)
+  return jnp.where(real, out, 0.0), (k_cache, v_cache)

@@ -1,0 +1,123 @@
+"""A matrix kept as its file stores it: quantised blocks along each row, every bit of them.
+
+Layouts of `data` (both uint8, both exact):
+  rows  [N, row_bytes]             row after row, as in a GGUF file.
+  x16   [ceil(N / 16), 16 * row_bytes]  sixteen rows side by side: within a block, each field is cut
+        into words and word w of the 16 rows is contiguous, so one vector load serves 16 outputs.
+        Rows past N are zero. This is what the CPU kernels read.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from q4jax_kernels import ffi
+from q4jax_kernels.block_formats import FORMATS
+
+ROWS = 16  # rows side by side in the x16 layout
+
+# (bytes, word bytes) of each field of a block, in the file's order. Fields that hold a weight's
+# bits have words of 4: the dot-product instructions take 4 weights at a time.
+FIELDS: dict[str, tuple[tuple[int, int], ...]] = {
+  "f32": ((4, 4),),
+  "f16": ((2, 2),),
+  "bf16": ((2, 2),),
+  "q4_0": ((2, 2), (16, 4)),
+  "q4_1": ((2, 2), (2, 2), (16, 4)),
+  "q5_0": ((2, 2), (4, 4), (16, 4)),
+  "q5_1": ((2, 2), (2, 2), (4, 4), (16, 4)),
+  "q8_0": ((2, 2), (32, 4)),
+  "q2_k": ((16, 1), (64, 4), (2, 2), (2, 2)),
+  "q3_k": ((32, 4), (64, 4), (12, 1), (2, 2)),
+  "q4_k": ((2, 2), (2, 2), (12, 1), (128, 4)),
+  "q5_k": ((2, 2), (2, 2), (12, 1), (32, 4), (128, 4)),
+  "q6_k": ((128, 4), (64, 4), (16, 1), (2, 2)),
+  "iq4_nl": ((2, 2), (16, 4)),
+  "iq4_xs": ((2, 2), (2, 2), (4, 1), (128, 4)),
+}
+# The kernels' numbering (csrc/kernels.h, enum Format).
+FORMAT_IDS = {name: i for i, name in enumerate(FIELDS)}
+
+
+def block_shape(format: str) -> tuple[int, int]:
+  """(weights, bytes) of one block; a float format has blocks of one weight."""
+  if format in FORMATS:
+    return FORMATS[format].block_size, FORMATS[format].block_bytes
+  return 1, FIELDS[format][0][0]
+
+
+def dequantize_blocks(blocks: jax.Array, format: str) -> jax.Array:
+  """uint8[..., block_bytes] -> float32[..., block_size], bit-exact to the format's definition."""
+  if format in FORMATS:
+    return FORMATS[format].dequantize(blocks, jnp)
+  dtype = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}[format]
+  return jax.lax.bitcast_convert_type(blocks, dtype)[..., None].astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockArray:
+  """A float matrix [N, K] held as blocks of `format`. `num_rows` is N without the tile padding."""
+
+  data: jax.Array
+  format: str = dataclasses.field(metadata={"static": True})
+  num_rows: int = dataclasses.field(metadata={"static": True})
+  layout: str = dataclasses.field(default="rows", metadata={"static": True})
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(N, K)."""
+    block_size, block_bytes = block_shape(self.format)
+    row_bytes = self.data.shape[-1] // (ROWS if self.layout == "x16" else 1)
+    return self.num_rows, row_bytes // block_bytes * block_size
+
+  @property
+  def nbytes(self) -> int:
+    return self.data.size
+
+  @property
+  def bits_per_weight(self) -> float:
+    """Bits a weight takes, scales and all (tile padding excluded)."""
+    block_size, block_bytes = block_shape(self.format)
+    return 8 * block_bytes / block_size
+
+  def rows(self) -> "BlockArray":
+    """The same matrix in the `rows` layout."""
+    if self.layout == "rows":
+      return self
+    tiles, width = self.data.shape
+    _, block_bytes = block_shape(self.format)
+    blocks = self.data.reshape(tiles, -1, ROWS * block_bytes)
+    parts, at = [], 0
+    for size, word in FIELDS[self.format]:
+      part = blocks[..., at : at + ROWS * size].reshape(tiles, -1, size // word, ROWS, word)
+      parts.append(part.transpose(0, 3, 1, 2, 4).reshape(tiles, ROWS, -1, size))
+      at += ROWS * size
+    plain = jnp.concatenate(parts, axis=-1).reshape(tiles * ROWS, width // ROWS)
+    return BlockArray(plain[: self.num_rows], self.format, self.num_rows, "rows")
+
+  def dequantize(self) -> jax.Array:
+    """float32[N, K]."""
+    rows = self.rows()
+    _, block_bytes = block_shape(self.format)
+    blocks = rows.data.reshape(self.num_rows, -1, block_bytes)
+    return dequantize_blocks(blocks, self.format).reshape(self.shape)
+
+
+def interleave_tile(rows: np.ndarray, format: str, out: np.ndarray) -> None:
+  """Writes up to 16 rows (uint8[n, row_bytes]) as one x16 tile into out (uint8[16 * row_bytes])."""
+  if rows.shape[0] < ROWS or not rows.flags.c_contiguous:
+    padded = np.zeros((ROWS, rows.shape[1]), np.uint8)
+    padded[: rows.shape[0]] = rows
+    rows = padded
+  if ffi.interleave(rows, out, FIELDS[format]):
+    return
+  _, block_bytes = block_shape(format)
+  blocks = rows.reshape(ROWS, -1, block_bytes)
+  view, at = out.reshape(-1, ROWS * block_bytes), 0
+  for size, word in FIELDS[format]:
+    part = blocks[:, :, at : at + size].reshape(ROWS, -1, size // word, word)
+    view[:, ROWS * at : ROWS * (at + size)] = part.transpose(1, 2, 0, 3).reshape(len(view), -1)
+    at += size

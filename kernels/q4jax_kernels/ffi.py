@@ -1,0 +1,77 @@
+"""The native CPU library: loaded once, its handlers registered with XLA; or None, said once."""
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+
+_PATH = Path(__file__).with_name("_native.so")
+_HANDLERS = ("q4jax_matmul", "q4jax_take_rows", "q4jax_attention")
+
+# How the `isa` attribute of the handlers names an instruction set; "best" is chosen at run time.
+ISA_IDS = {"best": 0, "scalar": 1, "avx2": 2, "avx512": 3}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+  """The loaded library, or None with one warning where it was not built or cannot be loaded."""
+  try:
+    lib = ctypes.CDLL(str(_PATH))
+  except OSError as error:
+    reason = "it was not built" if not _PATH.exists() else str(error)
+    warnings.warn(
+      f"q4jax: the native CPU kernels are not available ({reason}); matrices will be dequantised "
+      "by XLA, about 100 times slower on a CPU. Install g++ and reinstall q4jax, or run "
+      "`make native` in a checkout.",
+      stacklevel=2,
+    )
+    return None
+  for name in _HANDLERS:
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(lib, name)), platform="cpu")
+  lib.q4jax_isa_name.restype = ctypes.c_char_p
+  lib.q4jax_isa_name.argtypes = [ctypes.c_int64]
+  lib.q4jax_interleave.restype = None
+  lib.q4jax_interleave.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_bool,
+  ]
+  return lib
+
+
+def available() -> bool:
+  """Whether the native kernels can run here (asking warns once if they cannot)."""
+  return library() is not None
+
+
+def isa_name(isa: str = "best") -> str | None:
+  """The instruction set that `isa` selects on this processor; None if it has not got it."""
+  lib = library()
+  name = lib.q4jax_isa_name(ISA_IDS[isa]) if lib is not None else None
+  return name.decode() if name else None
+
+
+def interleave(
+  source: np.ndarray, out: np.ndarray, fields: tuple[tuple[int, int], ...], reverse: bool = False
+) -> bool:
+  """Interleaves one tile of 16 rows in C; False where the library is missing.
+
+  Args:
+    source, out: contiguous uint8 arrays of the same size, a whole number of tiles' blocks.
+    fields: (bytes, word bytes) of each field of a block.
+  """
+  lib = library()
+  if lib is None:
+    return False
+  table = np.array(fields, np.int64)
+  blocks = source.size // (16 * sum(size for size, _ in fields))
+  lib.q4jax_interleave(
+    source.ctypes.data, out.ctypes.data, blocks, len(fields), table.ctypes.data, reverse
+  )
+  return True

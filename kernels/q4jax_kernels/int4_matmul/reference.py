@@ -1,0 +1,23 @@
+"""The specification: dequantise, multiply in float32. What every implementation is held to."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from q4jax_kernels.block_array import BlockArray, block_shape, dequantize_blocks
+
+
+def int4_matmul(x: jax.Array, ws: Sequence[BlockArray]) -> list[jax.Array]:
+  """x float[M, K] times each weight's transpose, in float32 throughout: [M, N_i] in x's dtype."""
+  x32 = x.astype(jnp.float32)
+  return [
+    jnp.dot(x32, w.dequantize().T, precision=jax.lax.Precision.HIGHEST).astype(x.dtype) for w in ws
+  ]
+
+
+def take_rows(w: BlockArray, ids: jax.Array) -> jax.Array:
+  """Rows `ids` int32[T] of the matrix as float32[T, K]; only those rows are dequantised."""
+  _, block_bytes = block_shape(w.format)
+  blocks = jnp.take(w.rows().data, ids, axis=0).reshape(ids.shape[0], -1, block_bytes)
+  return dequantize_blocks(blocks, w.format).reshape(ids.shape[0], -1)
