@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-# No contraction: an FMA is written where it is wanted, so that results do not depend on the compiler.
+# No contraction: an FMA is written where it is wanted, and no result depends on the compiler.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-g0", "-ffp-contract=off", "-Wno-psabi"]
 # A file for one instruction set says so in its name; the library picks one at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
