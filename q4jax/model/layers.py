@@ -22,9 +22,7 @@ def variable(value: Weight) -> nnx.Variable:
   return QWeight(value) if isinstance(value, BlockArray) else nnx.Param(value)
 
 
-def project(
-  x: jax.Array, weights: list[nnx.Variable], dtype: jnp.dtype
-) -> list[jax.Array]:
+def project(x: jax.Array, weights: list[nnx.Variable], dtype: jnp.dtype) -> list[jax.Array]:
   """x [..., K] times the transpose of each weight [N, K]: a list of [..., N] in x's dtype.
 
   Quantised weights go through one call of the int4 matmul, which reads x once for all of them.

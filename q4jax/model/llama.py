@@ -56,9 +56,7 @@ class Llama(nnx.Module):
     self.blocks = nnx.List(Block(config, make, i, dtype) for i in range(config.num_layers))
     self.output_norm = RMSNorm(make("output_norm.weight", (config.d_model,)), config.norm_eps)
     self.output = (
-      None
-      if config.tied
-      else variable(make("output.weight", (config.vocab_size, config.d_model)))
+      None if config.tied else variable(make("output.weight", (config.vocab_size, config.d_model)))
     )
 
   def __call__(self, tokens: jax.Array) -> jax.Array:

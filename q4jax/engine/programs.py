@@ -1,0 +1,155 @@
+"""The two compiled programs of generation, prefill and decode, and the state they pass on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from q4jax_kernels.attention import Cache
+
+from q4jax.config import LlamaConfig
+from q4jax.engine.sampling import SamplingArrays, sample
+from q4jax.model.llama import Llama
+from q4jax.model.model import Model
+
+# Alternatives reported with each token where log-probabilities are asked for (OpenAI's limit).
+MAX_LOGPROBS = 20
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+  """Everything that changes from step to step; donated to each call.
+
+  Attributes:
+    caches: per layer keys and values [B, K, S, H].
+    length: int32[B], tokens in the cache.
+    token: int32[B], the last token sampled, not yet in the cache.
+    remaining: int32[B], tokens still to be sampled; 0 once a row has stopped, and its cache and
+      length then stay as they are.
+    seen: bool[B, V], tokens of the prompt and the output.
+  """
+
+  caches: list[Cache]
+  length: jax.Array
+  token: jax.Array
+  remaining: jax.Array
+  seen: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+  """One sampled token of each row; the log-probabilities only where they were asked for.
+
+  Attributes:
+    token: int32[B]; -1 where the row had stopped before.
+    logprob: float32[B], of the token under the model (before penalties and temperature).
+    top_ids, top_logprobs: [B, MAX_LOGPROBS], the likeliest tokens.
+  """
+
+  token: jax.Array
+  logprob: jax.Array | None = None
+  top_ids: jax.Array | None = None
+  top_logprobs: jax.Array | None = None
+
+
+def new_state(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> State:
+  """An empty state for `batch` sequences of up to `slots` tokens."""
+  shape = (batch, config.num_kv_heads, slots, config.head_dim)
+  zeros = jnp.zeros((batch,), jnp.int32)
+  return State(
+    # Keys and values are separate buffers: each is donated and updated in place.
+    caches=[(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)],
+    length=zeros,
+    token=zeros + 0,
+    remaining=zeros + 0,
+    seen=jnp.zeros((batch, config.vocab_size), bool),
+  )
+
+
+@dataclass(frozen=True)
+class Programs:
+  """The compiled functions of one model. Each compiles once per shape of its arguments.
+
+  Attributes:
+    prefill: (leaves, state, tokens int32[B, T], count int32[B]) -> (state, hidden float32[B, D]).
+      Appends `count[b]` tokens; `hidden` belongs to the last of them (to the previous call's where
+      count is 0, which the caller carries).
+    first: (leaves, state, hidden, params, limit, stop_ids) -> (state, output). Samples the first
+      token from the end of the prompt.
+    decode: (leaves, state, params, stop_ids) -> (state, output). Appends the last token, samples
+      the next.
+  """
+
+  prefill: Callable
+  first: Callable
+  decode: Callable
+
+  @classmethod
+  def of(cls, model: Model, logprobs: bool) -> "Programs":
+    def first(module, state, hidden, params, limit, stop_ids):
+      return _sample(module, state, hidden, params, limit, stop_ids, logprobs)
+
+    def decode(module, state, params, stop_ids):
+      return _decode(module, state, params, stop_ids, logprobs)
+
+    return cls(
+      prefill=model.jit(_prefill, donate_argnums=(1, 4)),
+      first=model.jit(first, donate_argnums=1),
+      decode=model.jit(decode, donate_argnums=1),
+    )
+
+
+def _prefill(
+  module: Llama, state: State, tokens: jax.Array, count: jax.Array, hidden: jax.Array
+) -> tuple[State, jax.Array]:
+  batch, width = tokens.shape
+  x, caches = module.hidden(tokens, state.caches, state.length, count)
+  last = jnp.maximum(count - 1, 0).reshape(batch, 1, 1)
+  mine = jnp.take_along_axis(x, last, axis=1)[:, 0]
+  real = jnp.arange(width).reshape(1, width) < count.reshape(batch, 1)
+  rows = jnp.arange(batch).reshape(batch, 1)
+  # Padding marks no token: it is sent past the vocabulary and dropped.
+  seen = state.seen.at[rows, jnp.where(real, tokens, state.seen.shape[1])].set(True, mode="drop")
+  state = State(caches, state.length + count, state.token, state.remaining, seen)
+  return state, jnp.where(count.reshape(batch, 1) > 0, mine, hidden)
+
+
+def _decode(
+  module: Llama, state: State, params: SamplingArrays, stop_ids: jax.Array, logprobs: bool
+) -> tuple[State, Output]:
+  active = (state.remaining > 0).astype(jnp.int32)
+  x, caches = module.hidden(state.token[:, None], state.caches, state.length, active)
+  state = State(caches, state.length + active, state.token, state.remaining, state.seen)
+  return _sample(module, state, x[:, 0], params, state.remaining, stop_ids, logprobs)
+
+
+def _sample(
+  module: Llama,
+  state: State,
+  hidden: jax.Array,
+  params: SamplingArrays,
+  limit: jax.Array,
+  stop_ids: jax.Array,
+  logprobs: bool,
+) -> tuple[State, Output]:
+  """Samples one token for each row that may still have one (`limit` > 0)."""
+  logits = module.unembed(hidden)
+  token = sample(logits, params, state.seen, state.length)
+  active = limit > 0
+  stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
+  rows = jnp.arange(token.shape[0])
+  new = State(
+    caches=state.caches,
+    length=state.length,
+    token=jnp.where(active, token, state.token),
+    remaining=jnp.where(active & ~stopped, limit - 1, 0),
+    seen=state.seen.at[rows, token].max(active),
+  )
+  output = jnp.where(active, token, -1)
+  if not logprobs:
+    return new, Output(output)
+  logp = jax.nn.log_softmax(logits, axis=-1)
+  top, ids = jax.lax.top_k(logp, min(MAX_LOGPROBS, logp.shape[-1]))
+  return new, Output(output, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0], ids, top)

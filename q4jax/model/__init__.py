@@ -1,0 +1,1 @@
+"""The Flax Llama. It knows no file."""
