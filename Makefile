@@ -5,8 +5,9 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
-# More workers than this help little: each compiles its own programs.
-PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4
+# More workers would help little: each compiles its own programs. Annotations are checked as they run.
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 \
+  --jaxtyping-packages=q4jax_kernels,q4jax,beartype.beartype
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -63,7 +64,8 @@ check-wheel: $(INSTALLED) ## build a wheel, install it into a fresh environment 
 	build/wheel/venv/bin/pip install --quiet --no-compile --constraint=constraints.txt build/wheel/*.whl
 	cd build/wheel && venv/bin/python -c 'import ctypes, pathlib, q4jax_kernels; \
 	  ctypes.CDLL(str(pathlib.Path(q4jax_kernels.__file__).with_name("_native.so")))'
-	cd build/wheel && venv/bin/q4jax --help
+	cd build/wheel && venv/bin/q4jax --help > /dev/null
+	cd build/wheel && venv/bin/q4jax generate tiny --prompt='The built-in function' --max_tokens=16
 
 .PHONY: constraints
 constraints: $(INSTALLED) ## pin the newest versions of everything anew, for all Pythons
@@ -84,7 +86,7 @@ $(BIN)/python:
 
 # pip builds the native library too, in isolation, against the jaxlib that pyproject.toml pins.
 $(INSTALLED): $(BIN)/python pyproject.toml setup.py constraints.txt
-	rm -f $(NATIVE)
+	rm -rf $(NATIVE) $(HEADERS)
 	$(BIN)/pip install --quiet --no-compile --constraint=constraints.txt --editable '.[dev]'
 	touch $@
 
