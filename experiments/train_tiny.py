@@ -1,0 +1,447 @@
+r"""Trains the embedded model `tiny`: a 12-million-parameter Llama on the documentation of Python.
+
+  python -m experiments.tiny.prepare --out=runs/tiny        # once: tokenizer and token arrays
+  python -m experiments.train_tiny --data=runs/tiny --out=runs/tiny --minutes=8
+
+Expected: 1 million tokens a second on an H200, so 45 passes over the 8.75 million training tokens
+in 8 minutes. On CPUs it takes days; `--steps=3 --batch=1` shows that it runs.
+
+AdamW with warm-up and cosine decay, dropout on embeddings and residual branches, float32 master
+weights, bfloat16 matmuls. Each epoch cuts the row of all documents into windows at a fresh random
+shift, so that a long document goes on from one window into the next and most of a window's second
+half has more than 1024 tokens of its own document before it. Every window starts with BOS.
+
+`--minutes` measures the speed and fits the schedule to the time, which must include compilation:
+give less than any hard limit. The number of steps is recorded; `--steps` repeats a run exactly.
+Writes --out/metrics.jsonl and the checkpoint of lowest validation loss (tiny-f16.part*.npz), as
+training goes. --state is where training resumes from after an interruption (--resume).
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+from experiments.tiny import checkpoint
+from q4jax.config import LlamaConfig
+from q4jax.model.layers import Attention as AttentionLayer
+from q4jax.model.layers import project
+from q4jax.model.llama import Llama, random_params
+from q4jax.model.rope import cos_sin, rotate
+
+Params = dict[str, jax.Array]
+Attention = Literal["xla", "cudnn"]  # Implementations of jax.nn.dot_product_attention.
+Train = Callable[..., tuple[Params, optax.OptState, jax.Array, jax.Array]]
+BOS_ID = 0
+_BEGIN = time.monotonic()  # Loading libraries and data counts towards --minutes.
+
+
+def _setting(default: Any, help: str) -> Any:
+  return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A training run; each field is also a flag."""
+
+  data: str = _setting("runs/tiny", "Folder of train.bin and validation.bin.")
+  out: str = _setting("runs/tiny", "Folder for metrics.jsonl and the best checkpoint.")
+  state: str = _setting("runs/tiny/state.npz", "File to save the whole state in once a minute.")
+  resume: bool = _setting(False, "Go on from --state.")
+  minutes: float = _setting(0.0, "Time for everything; the schedule is fitted to it.")
+  steps: int = _setting(0, "Exact number of steps, instead of --minutes.")
+  seed: int = _setting(0, "Seed of the weights, the data order and dropout.")
+  layers: int = _setting(5, "Transformer layers.")
+  d_model: int = _setting(512, "Width; a multiple of 256 for the k-quants.")
+  d_ffn: int = _setting(768, "Feed-forward width; a multiple of 256.")
+  heads: int = _setting(4, "Query heads.")
+  kv_heads: int = _setting(2, "Key and value heads.")
+  head_dim: int = _setting(128, "Dimensions of a head.")
+  vocab_size: int = _setting(4096, "Tokens of the tokenizer.")
+  context: int = _setting(2048, "Tokens in a window.")
+  batch: int = _setting(32, "Windows in a step.")
+  learning_rate: float = _setting(2e-3, "Largest learning rate.")
+  warmup: int = _setting(200, "Steps of linear warm-up.")
+  weight_decay: float = _setting(0.1, "AdamW's, on matrices.")
+  dropout: float = _setting(0.1, "Of embeddings and residual branches.")
+  eval_every: int = _setting(300, "Steps between evaluations.")
+  steps_per_call: int = _setting(50, "Steps in one jitted call.")
+  attention: str = _setting("auto", "xla, cudnn, or auto: cudnn where it works.")
+
+  @property
+  def model(self) -> LlamaConfig:
+    return LlamaConfig(
+      architecture="llama",
+      vocab_size=self.vocab_size,
+      context_length=self.context,
+      d_model=self.d_model,
+      d_ffn=self.d_ffn,
+      num_layers=self.layers,
+      num_heads=self.heads,
+      num_kv_heads=self.kv_heads,
+      head_dim=self.head_dim,
+      tied=True,
+    )
+
+
+# The model, with dropout.
+
+
+def forward(
+  params: Params,
+  config: LlamaConfig,
+  tokens: jax.Array,
+  dtype: jnp.dtype,
+  attention: Attention = "xla",
+  key: jax.Array | None = None,
+  rate: float = 0.0,
+) -> jax.Array:
+  """Logits float32[B, T, V] as `Llama.__call__` gives them, but for dropout where a key is given.
+
+  Args:
+    params: every parameter by its GGUF name.
+    tokens: int32[B, T].
+    dtype: of the matmuls.
+    rate: of dropout.
+  """
+  model = Llama(config, lambda name, shape: params[name], dtype)
+  positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+  cos, sin = cos_sin(positions, config, None)
+
+  def drop(x: jax.Array, place: int) -> jax.Array:
+    if key is None:
+      return x
+    kept = jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+  x = drop(model.embedding(tokens), 0)
+  for i, block in enumerate(model.blocks):
+    x = x + drop(_attend(block.attn, block.attn_norm(x), cos, sin, attention), 2 * i + 1)
+    x = x + drop(block.ffn(block.ffn_norm(x)), 2 * i + 2)
+  return model.unembed(model.output_norm(x))
+
+
+def _attend(
+  attn: AttentionLayer, x: jax.Array, cos: jax.Array, sin: jax.Array, implementation: Attention
+) -> jax.Array:
+  """`Attention.__call__` without a cache, with a choice of implementation."""
+  c, (b, t, _) = attn.config, x.shape
+  q, k, v = (
+    y.reshape(b, t, -1, c.head_dim) for y in project(x, [attn.q, attn.k, attn.v], attn.dtype)
+  )
+  q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+  q, k, v = (y.astype(attn.dtype) for y in (q, k, v))
+  y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+  return project(y.astype(x.dtype).reshape(b, t, -1), [attn.output], attn.dtype)[0]
+
+
+def pick_attention(name: str) -> Attention:
+  """The implementation to use; "auto" tries cuDNN's flash attention and says if it is not there."""
+  if name == "xla":
+    return "xla"
+  if name == "cudnn":
+    return "cudnn"
+  q, kv = jnp.zeros((1, 128, 4, 128), jnp.bfloat16), jnp.zeros((1, 128, 2, 128), jnp.bfloat16)
+  try:
+    jax.block_until_ready(
+      jax.jit(partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"))(
+        q, kv, kv
+      )
+    )
+    return "cudnn"
+  except Exception as error:  # Whatever cuDNN or XLA raise where it is missing.
+    print(f"no cuDNN attention ({str(error)[:100]!r}); using XLA's, slower", file=sys.stderr)
+    return "xla"
+
+
+def initial_params(config: LlamaConfig, seed: int) -> Params:
+  """Every parameter by its GGUF name."""
+  params: Params = {}
+  make = random_params(config, jax.random.key(seed))
+
+  def record(name: str, shape: tuple[int, ...]) -> jax.Array:
+    params[name] = make(name, shape)  # type: ignore[assignment]
+    return params[name]
+
+  Llama(config, record)
+  return params
+
+
+# Data.
+
+
+def windows(length: int, context: int, batch: int, seed: int) -> Iterator[np.ndarray]:
+  """Batches int32[batch] of window starts, without end: each epoch covers every token once."""
+  rng = np.random.default_rng(seed)
+  pending = np.zeros(0, np.int32)
+  while True:
+    while len(pending) < batch:
+      starts = np.arange(rng.integers(context), length - context, context, dtype=np.int32)
+      pending = np.concatenate([pending, rng.permutation(starts)])
+    yield pending[:batch]
+    pending = pending[batch:]
+
+
+def gather(row: jax.Array, starts: jax.Array, context: int) -> tuple[jax.Array, jax.Array]:
+  """Inputs and targets int32[B, T] of the windows at `starts`; inputs begin with BOS."""
+  window = row[starts[:, None] + jnp.arange(context + 1)[None]]
+  return window[:, :-1].at[:, 0].set(BOS_ID), window[:, 1:]
+
+
+# Training.
+
+
+def loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Nats a token."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def _norm(tree: Params) -> jax.Array:
+  return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+  """AdamW before the learning rate; norms are not decayed."""
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.scale_by_adam(b1=0.9, b2=0.95),
+    optax.add_decayed_weights(
+      config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    ),
+  )
+
+
+def learning_rate(step: jax.Array, total: jax.Array, config: Config) -> jax.Array:
+  """Linear warm-up, then a cosine down to 0 at `total`."""
+  done = jnp.clip((step - config.warmup) / jnp.maximum(total - config.warmup, 1), 0, 1)
+  warm = jnp.minimum(1.0, (step + 1) / config.warmup)
+  return config.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+
+def make_train(config: Config, dtype: jnp.dtype, attention: Attention) -> Train:
+  """A jitted function that takes many steps in one call; its first two arguments are donated."""
+  transform = optimizer(config)
+
+  def train(
+    params: Params,
+    opt_state: optax.OptState,
+    row: jax.Array,
+    starts: jax.Array,
+    first_step: jax.Array,
+    total: jax.Array,
+  ) -> tuple[Params, optax.OptState, jax.Array, jax.Array]:
+    """`starts` int32[steps, B] -> new (params, opt_state), mean loss and largest gradient norm."""
+
+    def one(
+      carry: tuple[Params, optax.OptState], inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[Params, optax.OptState], tuple[jax.Array, jax.Array]]:
+      params, opt_state = carry
+      step, start = inputs
+      key = jax.random.fold_in(jax.random.key(config.seed), step)
+      tokens, targets = gather(row, start, config.context)
+
+      def objective(params: Params) -> jax.Array:
+        logits = forward(params, config.model, tokens, dtype, attention, key, config.dropout)
+        return loss(logits, targets)
+
+      value, grads = jax.value_and_grad(objective)(params)
+      updates, opt_state = transform.update(grads, opt_state, params)
+      rate = learning_rate(step.astype(jnp.float32), total, config)
+      params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+      return (params, opt_state), (value, _norm(grads))
+
+    steps = first_step + jnp.arange(len(starts), dtype=jnp.int32)
+    (params, opt_state), (values, norms) = jax.lax.scan(one, (params, opt_state), (steps, starts))
+    return params, opt_state, values.mean(), norms.max()
+
+  return jax.jit(train, donate_argnums=(0, 1))
+
+
+def make_evaluate(
+  config: Config, dtype: jnp.dtype, attention: Attention
+) -> Callable[[Params, jax.Array, np.ndarray], float]:
+  """A function from params, a row of tokens and starts int32[W] to nats a token over windows."""
+
+  @jax.jit
+  def batch_loss(params: Params, row: jax.Array, starts: jax.Array) -> jax.Array:
+    tokens, targets = gather(row, starts, config.context)
+    return loss(forward(params, config.model, tokens, dtype, attention), targets)
+
+  def evaluate(params: Params, row: jax.Array, starts: np.ndarray) -> float:
+    # Equal batches, so that one compilation serves and every window counts the same.
+    size = min(8, config.batch, len(starts))
+    batches = starts[: len(starts) // size * size].reshape(-1, size)
+    return float(np.mean([batch_loss(params, row, batch) for batch in batches]))
+
+  return evaluate
+
+
+def run(config: Config, begin: float | None = None) -> dict[str, Any]:
+  """Trains and writes checkpoints. Returns the record of the best one.
+
+  Args:
+    begin: the `time.monotonic()` that --minutes counts from; now if None.
+  """
+  begin = time.monotonic() if begin is None else begin
+  if config.minutes and not config.steps and config.warmup < 4 * config.steps_per_call:
+    raise ValueError(
+      f"--warmup={config.warmup} must be at least 4 x --steps_per_call={config.steps_per_call}, "
+      "so that the speed is known before the schedule depends on the number of steps."
+    )
+  if bool(config.minutes) == bool(config.steps) and not config.resume:
+    raise ValueError("give either --minutes or --steps.")
+  deadline = begin + 60 * config.minutes if config.minutes else math.inf
+  on_gpu = jax.default_backend() == "gpu"
+  dtype = jnp.dtype(jnp.bfloat16 if on_gpu else jnp.float32)
+  attention = pick_attention(config.attention) if on_gpu else "xla"
+  row, validation_row = (
+    np.fromfile(Path(config.data) / f"{split}.bin", np.uint16).astype(np.int32)
+    for split in ("train", "validation")
+  )
+  on_device, validation = jnp.asarray(row), jnp.asarray(validation_row)
+  whole = np.arange(0, len(validation_row) - config.context, config.context, dtype=np.int32)
+  # As many windows of the training text show how far that is learnt by heart.
+  sample = np.linspace(0, len(row) - config.context - 1, len(whole)).astype(np.int32)
+
+  params = initial_params(config.model, config.seed)
+  opt_state = optimizer(config).init(params)
+  step, total, best = 0, config.steps, math.inf
+  if config.resume:
+    params, opt_state, (step, total, best) = _load_state(Path(config.state), opt_state)
+  train = make_train(config, dtype, attention)
+  evaluate = make_evaluate(config, dtype, attention)
+  batches = windows(len(row), config.context, config.batch, config.seed)
+  for _ in range(step):
+    next(batches)
+  record = _description(config, sum(p.size for p in params.values()), dtype, attention)
+  print(json.dumps(record), file=sys.stderr)
+
+  calls: list[float] = []
+  saved = time.monotonic()
+  last = False
+  while not last:
+    mark = time.monotonic()
+    # Before the schedule is known, steps are warm-up: they do not depend on it.
+    planned = total or config.warmup
+    steps = min(config.steps_per_call, planned - step)
+    starts = np.stack([next(batches) for _ in range(steps)])
+    params, opt_state, train_loss, norm = train(
+      params, opt_state, on_device, starts, np.int32(step), np.float32(planned)
+    )
+    step += steps
+    metrics = {"step": step, "total": total, "train_loss": float(train_loss)}
+    calls.append(time.monotonic() - mark)
+    if not total and len(calls) == 3:
+      # The first call compiled. 6% and 25 seconds are for evaluating and saving.
+      seconds_per_step = sum(calls[1:]) / (2 * config.steps_per_call)
+      left = deadline - time.monotonic() - 25
+      total = max(config.warmup, step + int(0.94 * left / seconds_per_step))
+      print(f"{seconds_per_step:.4f} s a step: {total} steps fit", file=sys.stderr)
+    last = step == total or time.monotonic() > deadline - 15
+    due = total and step // config.eval_every > (step - steps) // config.eval_every
+    if not due and not last:
+      continue
+    metrics |= {
+      "tokens": step * config.batch * config.context,
+      "validation": evaluate(params, validation, whole),
+      "sample": evaluate(params, on_device, sample),
+      "gradient_norm": float(norm),
+      "seconds": time.monotonic() - begin,
+    }
+    if metrics["validation"] < best:
+      best = metrics["validation"]
+      host = {name: np.asarray(p) for name, p in params.items()}
+      checkpoint.save(Path(config.out), host, config.model, record | metrics)
+    _report(Path(config.out), metrics, best)
+    if time.monotonic() - saved > 60 or last:
+      saved = time.monotonic()
+      _save_state(Path(config.state), params, opt_state, (step, total, best))
+  return checkpoint.load(Path(config.out))[2]
+
+
+def _description(
+  config: Config, count: int, dtype: jnp.dtype, attention: Attention
+) -> dict[str, Any]:
+  settings = dataclasses.asdict(config)
+  for folder in ("data", "out", "state", "resume"):
+    del settings[folder]
+  corpus = json.loads((Path(config.data) / "corpus.json").read_text())
+  return {
+    "config": settings,
+    "parameters": count,
+    "device": jax.devices()[0].device_kind,
+    "dtype": dtype.name,
+    "attention": attention,
+    "versions": {
+      "python": sys.version.split()[0],
+      "jax": jax.__version__,
+      "flax": flax.__version__,
+      "optax": optax.__version__,
+    },
+    "corpus": {s: corpus[s]["sha256"] for s in ("train", "validation", "held_out")},
+  }
+
+
+def _report(out: Path, metrics: dict[str, Any], best: float) -> None:
+  out.mkdir(parents=True, exist_ok=True)
+  with (out / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps(metrics) + "\n")
+  done = metrics["step"] / max(metrics["total"], metrics["step"])
+  print(
+    f"[{'#' * int(30 * done):<30}] {metrics['step']}/{metrics['total']} "
+    f"train {metrics['train_loss']:.4f} validation {metrics['validation']:.4f} (best {best:.4f}) "
+    f"sample {metrics['sample']:.4f} norm {metrics['gradient_norm']:.2f} "
+    f"{metrics['tokens'] / metrics['seconds'] / 1e3:.0f}k tok/s {metrics['seconds']:.0f} s",
+    file=sys.stderr,
+    flush=True,
+  )
+
+
+def _save_state(path: Path, params: Params, opt_state: Any, progress: tuple) -> None:
+  leaves = {f"opt{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(opt_state))}
+  named = {name: np.asarray(p) for name, p in params.items()}
+  checkpoint.save_arrays(path, named | leaves | {"progress": np.array(progress, np.float64)})
+
+
+def _load_state(path: Path, like: Any) -> tuple[Params, Any, tuple[int, int, float]]:
+  with np.load(path) as arrays:
+    step, total, best = arrays["progress"]
+    leaves = [jnp.asarray(arrays[f"opt{i}"]) for i in range(len(jax.tree.leaves(like)))]
+    names = [n for n in arrays.files if n.endswith(".weight")]
+    params = {name: jnp.asarray(arrays[name]) for name in names}
+  state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+  return params, state, (int(step), int(total), float(best))
+
+
+def main(_: list[str]) -> None:
+  names = [f.name for f in dataclasses.fields(Config)]
+  settings: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+  print(json.dumps(run(Config(**settings), _BEGIN)))
+
+
+def _define_flags() -> None:
+  define: dict[Any, Callable[..., Any]] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+  }
+  for field in dataclasses.fields(Config):
+    define[field.type](field.name, field.default, field.metadata["help"])
+
+
+if __name__ == "__main__":
+  _define_flags()
+  app.run(main)
