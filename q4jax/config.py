@@ -1,4 +1,4 @@
-"""What a Llama is: the dimensions and constants that fix its computation, from a GGUF's metadata."""
+"""What fixes a Llama's computation: dimensions and constants, read from a GGUF's metadata."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

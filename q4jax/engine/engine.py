@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -158,8 +159,7 @@ class Engine:
       PromptError: an empty prompt, ids outside the vocabulary, or no room in the context.
       ConfigError: a parameter out of range.
     """
-    single = _is_single(prompt)
-    prompts = [prompt] if single else list(prompt)
+    prompts, single = _as_list(prompt)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     timing = Timing()
     done = [Completion("", [], "length", 0, timing) for _ in prompts]
@@ -195,7 +195,7 @@ class Engine:
 
     Arguments are checked now, before the first chunk is asked for. Closing the iterator stops.
     """
-    prompts = [prompt] if _is_single(prompt) else list(prompt)
+    prompts, _ = _as_list(prompt)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     ids = self._encode(prompts)
     return self._run(ids, params, max_tokens, _stops(stop), logprobs, timing or Timing())
@@ -334,8 +334,11 @@ def _logprobs(output: Output, row: int, token: int, count: int) -> TokenLogprobs
   return TokenLogprobs(token, float(output.logprob[row]), top)
 
 
-def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
-  return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
+def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+  """The prompts, and whether it was a single one."""
+  if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer)):
+    return [cast(Prompt, prompt)], True
+  return list(cast(Sequence[Prompt], prompt)), False
 
 
 def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:

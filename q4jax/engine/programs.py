@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from q4jax_kernels.attention import Cache
 
 from q4jax.config import LlamaConfig
 from q4jax.engine.sampling import SamplingArrays, sample
+from q4jax.model.layers import Span
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
+from q4jax_kernels.attention import Cache
 
 # Alternatives reported with each token where log-probabilities are asked for (OpenAI's limit).
 MAX_LOGPROBS = 20
@@ -73,9 +75,9 @@ class Programs:
   """The compiled functions of one model. Each compiles once per shape of its arguments.
 
   Attributes:
-    prefill: (leaves, state, tokens int32[B, T], count int32[B]) -> (state, hidden float32[B, D]).
-      Appends `count[b]` tokens; `hidden` belongs to the last of them (to the previous call's where
-      count is 0, which the caller carries).
+    prefill: (leaves, state, tokens int32[B, T], count int32[B], hidden float32[B, D]) -> (state,
+      hidden). Appends `count[b]` tokens; the new `hidden` is the last one's, or the one passed in
+      where count is 0.
     first: (leaves, state, hidden, params, limit, stop_ids) -> (state, output). Samples the first
       token from the end of the prompt.
     decode: (leaves, state, params, stop_ids) -> (state, output). Appends the last token, samples
@@ -88,16 +90,10 @@ class Programs:
 
   @classmethod
   def of(cls, model: Model, logprobs: bool) -> "Programs":
-    def first(module, state, hidden, params, limit, stop_ids):
-      return _sample(module, state, hidden, params, limit, stop_ids, logprobs)
-
-    def decode(module, state, params, stop_ids):
-      return _decode(module, state, params, stop_ids, logprobs)
-
     return cls(
       prefill=model.jit(_prefill, donate_argnums=(1, 4)),
-      first=model.jit(first, donate_argnums=1),
-      decode=model.jit(decode, donate_argnums=1),
+      first=model.jit(partial(_sample, logprobs=logprobs), donate_argnums=1),
+      decode=model.jit(partial(_decode, logprobs=logprobs), donate_argnums=1),
     )
 
 
@@ -105,7 +101,7 @@ def _prefill(
   module: Llama, state: State, tokens: jax.Array, count: jax.Array, hidden: jax.Array
 ) -> tuple[State, jax.Array]:
   batch, width = tokens.shape
-  x, caches = module.hidden(tokens, state.caches, state.length, count)
+  x, caches = module.hidden(tokens, state.caches, Span(state.length, count))
   last = jnp.maximum(count - 1, 0).reshape(batch, 1, 1)
   mine = jnp.take_along_axis(x, last, axis=1)[:, 0]
   real = jnp.arange(width).reshape(1, width) < count.reshape(batch, 1)
@@ -117,12 +113,17 @@ def _prefill(
 
 
 def _decode(
-  module: Llama, state: State, params: SamplingArrays, stop_ids: jax.Array, logprobs: bool
+  module: Llama,
+  state: State,
+  params: SamplingArrays,
+  stop_ids: jax.Array,
+  *,
+  logprobs: bool,
 ) -> tuple[State, Output]:
   active = (state.remaining > 0).astype(jnp.int32)
-  x, caches = module.hidden(state.token[:, None], state.caches, state.length, active)
+  x, caches = module.hidden(state.token[:, None], state.caches, Span(state.length, active))
   state = State(caches, state.length + active, state.token, state.remaining, state.seen)
-  return _sample(module, state, x[:, 0], params, state.remaining, stop_ids, logprobs)
+  return _sample(module, state, x[:, 0], params, state.remaining, stop_ids, logprobs=logprobs)
 
 
 def _sample(
@@ -132,6 +133,7 @@ def _sample(
   params: SamplingArrays,
   limit: jax.Array,
   stop_ids: jax.Array,
+  *,
   logprobs: bool,
 ) -> tuple[State, Output]:
   """Samples one token for each row that may still have one (`limit` > 0)."""

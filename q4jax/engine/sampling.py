@@ -5,6 +5,7 @@ the Gumbel-max trick. Top-k and top-p find their threshold by bisection over the
 passes over the logits, exact up to ties (all values equal to the threshold stay).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -137,10 +138,10 @@ def _ordered(x: jax.Array) -> jax.Array:
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest(order: jax.Array, enough) -> jax.Array:
+def _largest(order: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
   """The largest threshold uint32[B] for which `enough(order >= threshold)` holds in each row."""
 
-  def bit(i, threshold):
+  def bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
     attempt = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
     return jnp.where(enough(order >= attempt[:, None]), attempt, threshold)
 

@@ -1,16 +1,21 @@
 """The layers of a Llama as Flax modules: a weight is a float array or a quantised `BlockArray`."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from q4jax.config import LlamaConfig
+from q4jax.model.rope import rotate
 from q4jax_kernels.attention import Cache, cached_attention, causal_attention
 from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.int4_matmul import int4_matmul, take_rows
 
-from q4jax.config import LlamaConfig
-from q4jax.model.rope import rotate
-
 Weight = jax.Array | BlockArray
+# Supplies the parameter of a GGUF name, e.g. ("blk.0.attn_q.weight", (N * H, D)).
+Make = Callable[[str, tuple[int, ...]], Weight]
 
 
 class QWeight(nnx.Variable):
@@ -46,7 +51,7 @@ def _float_matmul(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
 class RMSNorm(nnx.Module):
   """y = x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
 
-  def __init__(self, weight: jax.Array, eps: float):
+  def __init__(self, weight: Weight, eps: float):
     self.weight = variable(weight)
     self.eps = eps
 
@@ -58,10 +63,22 @@ class RMSNorm(nnx.Module):
     return y.astype(x.dtype)
 
 
+class Span(NamedTuple):
+  """Where the tokens of a cached call lie.
+
+  Attributes:
+    start: int32[B], position of each row's first token, which is also the number of cached tokens.
+    length: int32[B], how many of the row's tokens are real; the rest is padding.
+  """
+
+  start: jax.Array
+  length: jax.Array
+
+
 class Attention(nnx.Module):
   """Grouped-query attention with RoPE; biases and q/k norms where the config has them."""
 
-  def __init__(self, config: LlamaConfig, make, prefix: str, dtype: jnp.dtype):
+  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: jnp.dtype):
     c = config
     q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     self.config, self.dtype = config, dtype
@@ -82,9 +99,8 @@ class Attention(nnx.Module):
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    cache: Cache | None,
-    start: jax.Array | None,
-    length: jax.Array | None,
+    cache: Cache | None = None,
+    span: Span | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """x [B, T, D] -> (y [B, T, D], cache). Without a cache, plain causal attention over T."""
     c, (b, t, _) = self.config, x.shape
@@ -100,10 +116,10 @@ class Attention(nnx.Module):
     if c.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if cache is None:
+    if cache is None or span is None:
       out = causal_attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
     else:
-      out, cache = cached_attention(q, k, v, cache, start, length)
+      out, cache = cached_attention(q, k, v, cache, span.start, span.length)
     out = out.astype(x.dtype).reshape(b, t, c.num_heads * c.head_dim)
     return project(out, [self.output], self.dtype)[0], cache
 
@@ -111,7 +127,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
   """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-  def __init__(self, config: LlamaConfig, make, prefix: str, dtype: jnp.dtype):
+  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: jnp.dtype):
     self.dtype = dtype
     self.gate = variable(make(f"{prefix}ffn_gate.weight", (config.d_ffn, config.d_model)))
     self.up = variable(make(f"{prefix}ffn_up.weight", (config.d_ffn, config.d_model)))

@@ -1,19 +1,25 @@
 """Llama (and Qwen 2 / 3) as one Flax module: tokens in, logits out, with or without a KV cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from q4jax_kernels.attention import Cache
-from q4jax_kernels.block_array import BlockArray
 
 from q4jax.config import LlamaConfig
-from q4jax.model.layers import Attention, Embedding, FeedForward, RMSNorm, Weight, project, variable
+from q4jax.model.layers import (
+  Attention,
+  Embedding,
+  FeedForward,
+  Make,
+  RMSNorm,
+  Span,
+  project,
+  variable,
+)
 from q4jax.model.rope import cos_sin
-
-# Supplies the parameter of a GGUF name, e.g. ("blk.0.attn_q.weight", (N * H, D)).
-Make = Callable[[str, tuple[int, ...]], Weight]
+from q4jax_kernels.attention import Cache
+from q4jax_kernels.block_array import BlockArray
 
 
 class Block(nnx.Module):
@@ -26,8 +32,15 @@ class Block(nnx.Module):
     self.ffn_norm = RMSNorm(make(f"{prefix}ffn_norm.weight", (config.d_model,)), config.norm_eps)
     self.ffn = FeedForward(config, make, prefix, dtype)
 
-  def __call__(self, x, cos, sin, cache, start, length) -> tuple[jax.Array, Cache | None]:
-    y, cache = self.attn(self.attn_norm(x), cos, sin, cache, start, length)
+  def __call__(
+    self,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: Cache | None = None,
+    span: Span | None = None,
+  ) -> tuple[jax.Array, Cache | None]:
+    y, cache = self.attn(self.attn_norm(x), cos, sin, cache, span)
     x = x + y
     return x + self.ffn(self.ffn_norm(x)), cache
 
@@ -49,9 +62,7 @@ class Llama(nnx.Module):
     self.config, self.dtype = config, dtype
     self.embedding = Embedding(make("token_embd.weight", (config.vocab_size, config.d_model)))
     self.rope_factors = (
-      nnx.Variable(make("rope_freqs.weight", (config.head_dim // 2,)))
-      if config.rope_factors
-      else None
+      variable(make("rope_freqs.weight", (config.head_dim // 2,))) if config.rope_factors else None
     )
     self.blocks = nnx.List(Block(config, make, i, dtype) for i in range(config.num_layers))
     self.output_norm = RMSNorm(make("output_norm.weight", (config.d_model,)), config.norm_eps)
@@ -61,36 +72,40 @@ class Llama(nnx.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Causal logits without a cache: int32[B, T] -> float32[B, T, V]. Differentiable."""
-    x, _ = self.hidden(tokens)
-    return self.unembed(x)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+    cos, sin = self._rope(positions)
+    x = self.embedding(tokens)
+    for block in self.blocks:
+      x, _ = block(x, cos, sin)
+    return self.unembed(self.output_norm(x))
 
   def hidden(
-    self,
-    tokens: jax.Array,
-    caches: Sequence[Cache] | None = None,
-    start: jax.Array | None = None,
-    length: jax.Array | None = None,
-  ) -> tuple[jax.Array, list[Cache] | None]:
+    self, tokens: jax.Array, caches: Sequence[Cache], span: Span
+  ) -> tuple[jax.Array, list[Cache]]:
     """The normalised last hidden state, float32[B, T, D], and the updated caches.
 
     Args:
-      tokens: int32[B, T]; row b holds `length[b]` real tokens, the rest is padding.
-      caches: one per layer; None runs plain causal attention from position 0.
-      start: int32[B], the position of each row's first token (= tokens already cached).
-      length: int32[B], real tokens in each row; padding is neither stored nor attended to.
+      tokens: int32[B, T]; row b holds `span.length[b]` real tokens, the rest is padding, neither
+        stored nor attended to.
+      caches: one per layer.
+      span: where the tokens lie.
     """
-    t = tokens.shape[1]
-    positions = jnp.arange(t, dtype=jnp.int32).reshape(1, t)
-    if start is not None:
-      positions = positions + start.reshape(-1, 1)
-    factors = None if self.rope_factors is None else self.rope_factors.get_value()
-    cos, sin = cos_sin(positions, self.config, factors)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
+    cos, sin = self._rope(positions + span.start.reshape(-1, 1))
     x = self.embedding(tokens)
     new = []
-    for i, block in enumerate(self.blocks):
-      x, cache = block(x, cos, sin, None if caches is None else caches[i], start, length)
+    for block, old in zip(self.blocks, caches, strict=True):
+      x, cache = block(x, cos, sin, old, span)
+      assert cache is not None
       new.append(cache)
-    return self.output_norm(x), None if caches is None else new
+    return self.output_norm(x), new
+
+  def _rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # They are constants of the model, not parameters: no gradient.
+    factors = (
+      None if self.rope_factors is None else jax.lax.stop_gradient(self.rope_factors.get_value())
+    )
+    return cos_sin(positions, self.config, factors)
 
   def unembed(self, x: jax.Array) -> jax.Array:
     """Logits float32[..., V] of normalised hidden states [..., D]."""

@@ -45,8 +45,7 @@ class Model:
   def jit(self, function: Callable, **options: Any) -> Callable:
     """Compiles `function(module, *args)` to a function of `(leaves, *args)`."""
 
-    @functools.wraps(function)
-    def call(leaves, *args):
+    def call(leaves: list[jax.Array], *args: Any) -> Any:
       return function(self.bind(leaves), *args)
 
     return jax.jit(call, **options)
@@ -75,7 +74,7 @@ class Model:
   def check_ids(self, ids: np.ndarray) -> None:
     """Raises PromptError where an id is not in the vocabulary."""
     vocab = self.config.vocab_size
-    if ids.size and not (0 <= ids.min() and ids.max() < vocab):
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
       bad = ids[(ids < 0) | (ids >= vocab)].flat[0]
       raise PromptError(f"token id {bad} is outside the vocabulary of {vocab} (0..{vocab - 1}).")
 

@@ -1,4 +1,4 @@
-"""One door to the int4 matmul: checks once, then picks an implementation, or takes the named one."""
+"""One door to the int4 matmul: checks once, then picks an implementation or takes the named."""
 
 from collections.abc import Sequence
 
