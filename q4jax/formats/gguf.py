@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from q4jax.errors import FormatError
-from q4jax.formats.gguf_header import FIXED_BYTES, Header, parse_header
+from q4jax.formats.gguf_header import DAMAGED, FIXED_BYTES, Header, parse_header
 from q4jax.formats.gguf_types import TensorInfo
 
 _SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<no>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
@@ -124,8 +124,9 @@ class _Shard:
   def number(self, key: str) -> int:
     """The value of a `split.` key; 0 without it."""
     value = self.header.metadata.get(key, 0)
-    if type(value) is not int:
-      raise FormatError(f"{self.path}: {key} is of type {type(value).__name__}; expected an int.")
+    if type(value) is not int or value < 0:
+      found = value if type(value) is int else f"of type {type(value).__name__}"
+      raise FormatError(f"{self.path}: {key} is {found}; expected an integer >= 0. {DAMAGED}")
     return value
 
 
@@ -159,17 +160,19 @@ def _shard_paths(shard: _Shard) -> list[Path]:
     return [path]
   if name is None or named != count:
     raise FormatError(
-      f"{path}: split.count says {count} files and the file's name {named}. Shards are found by "
-      f"name: call them NAME-00001-of-{count:05}.gguf and so on, as they were published."
+      f"{path}: split.count says {count} file(s), and the file's name {named}. Shards are found by "
+      "name: call them NAME-00001-of-0000N.gguf and so on, as they were published."
     )
   if not 1 <= int(name["no"]) <= count:
     raise FormatError(f"{path}: the name says file {int(name['no'])} of {count}; they start at 1.")
-  paths = [path.with_name(f"{name['prefix']}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
-  missing = next((p for p in paths if not p.exists()), None)
-  if missing:
-    raise FormatError(
-      f"{missing}: this shard of {path.name} is missing. Put all {count} files into one folder."
-    )
+  paths = []
+  for i in range(1, count + 1):
+    paths.append(path.with_name(f"{name['prefix']}-{i:05}-of-{count:05}.gguf"))
+    if not paths[-1].exists():
+      raise FormatError(
+        f"{paths[-1]}: this file is missing, and {path.name} is one of {count} that make the "
+        "model. Put them all into one folder."
+      )
   return paths
 
 

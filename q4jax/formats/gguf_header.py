@@ -47,7 +47,9 @@ MAX_KEY_BYTES = 65535  # GGUF specification.
 MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME is 64 with the closing zero.
 MAX_DIMS = 4
 
-DAMAGED = "The file is damaged or was written by a broken tool: download it or convert it again."
+DAMAGED = (
+  "The file is truncated, damaged or was written by a broken tool: download it or convert it again."
+)
 
 
 @dataclass(frozen=True)
@@ -89,22 +91,24 @@ def _version(cursor: "_Cursor") -> int:
   magic = cursor.bytes(4, "the magic")
   if magic != b"GGUF":
     raise cursor.error(
-      f"this is not a GGUF file: it begins with {magic!r}, expected b'GGUF'. Is it another format, "
-      "a web page or a Git LFS pointer saved under this name? Download the model file itself.",
+      f"this is not a GGUF file: it begins with {magic!r}, expected b'GGUF'.",
       0,
+      "Is it another format, a web page or a Git LFS pointer saved under this name? Download the "
+      "model file itself.",
     )
   version = cursor.integer(4, "the version")
   if version & 0xFFFF == 0 and version:
     raise cursor.error(
       f"the version reads {version:#010x}: this is a big-endian GGUF file, and q4jax reads "
-      "little-endian ones. Convert the model again without --bigendian.",
+      "little-endian ones.",
       4,
+      "Convert the model again without --bigendian.",
     )
   if version not in VERSIONS:
     raise cursor.error(
-      f"GGUF version {version} is not supported; q4jax reads versions 2 and 3. Convert the model "
-      "again with a current llama.cpp.",
+      f"GGUF version {version} is not supported; q4jax reads versions 2 and 3.",
       4,
+      "Convert the model again with a current llama.cpp.",
     )
   return version
 
@@ -139,12 +143,11 @@ def _tensor_entry(cursor: "_Cursor", i: int) -> _TensorEntry:
   number = cursor.integer(4, f"the type of {what}")
   if number not in TENSOR_TYPES:
     known = OTHER_TENSOR_TYPES.get(number)
-    supported = ", ".join(sorted(type.name for type in TENSOR_TYPES.values()))
     raise cursor.error(
-      f"{what} has {f'type {known}' if known else 'the unknown type'} (number {number}), which "
-      f"q4jax does not read. It reads {supported}: use a file quantised to one of these.",
+      f"{what} has {f'type {known}' if known else 'an unknown type'} (number {number}), which q4jax "
+      f"does not read. It reads {', '.join(type.name for type in TENSOR_TYPES.values())}.",
       at,
-      todo="",
+      "Use a file quantised to one of these.",
     )
   type = TENSOR_TYPES[number]
   if ne[0] % type.block_size:
@@ -176,10 +179,8 @@ def _place_tensors(
     if start + entry.nbytes > cursor.size:
       raise cursor.error(
         f"{what} ({entry.type.name}, shape {entry.shape}) fills bytes {start} to "
-        f"{start + entry.nbytes}, and the file ends at {cursor.size}: it is truncated or damaged. "
-        "Download it or convert it again.",
+        f"{start + entry.nbytes}, and the file ends at {cursor.size}.",
         entry.at,
-        todo="",
       )
     tensors[entry.name] = TensorInfo(
       entry.name, entry.shape, entry.type.name, cursor.path, start, entry.nbytes
@@ -214,7 +215,7 @@ class _Cursor:
     self.num_strings = 0
 
   def error(self, found: str, at: int, todo: str = DAMAGED) -> FormatError:
-    return FormatError(f"{self.path}: byte {at}: {found} {todo}".rstrip())
+    return FormatError(f"{self.path}: byte {at}: {found} {todo}")
 
   def skip(self, length: int, what: str) -> int:
     """Moves on by `length` bytes; where they begin."""
