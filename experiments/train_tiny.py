@@ -23,7 +23,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,13 +152,14 @@ def pick_attention(name: str) -> Attention:
     return "xla"
   if name == "cudnn":
     return "cudnn"
-  q, kv = jnp.zeros((1, 128, 4, 128), jnp.bfloat16), jnp.zeros((1, 128, 2, 128), jnp.bfloat16)
+  x = jnp.ones((1, 256, 4, 128), jnp.bfloat16)
+
+  def total(x: jax.Array) -> jax.Array:
+    kv = x[:, :, :2]
+    return jax.nn.dot_product_attention(x, kv, kv, is_causal=True, implementation="cudnn").sum()
+
   try:
-    jax.block_until_ready(
-      jax.jit(partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"))(
-        q, kv, kv
-      )
-    )
+    jax.block_until_ready(jax.jit(jax.grad(total))(x))
     return "cudnn"
   except Exception as error:  # Whatever cuDNN or XLA raise where it is missing.
     print(f"no cuDNN attention ({str(error)[:100]!r}); using XLA's, slower", file=sys.stderr)
