@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from q4jax_kernels import ffi
 from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.int4_matmul import cpu, reference, xla
 
@@ -27,13 +28,13 @@ def int4_matmul(
 
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.
-    NotImplementedError: the named implementation cannot take these weights.
+    NotImplementedError: the named implementation cannot take these weights, or cannot run here.
   """
   for w in ws:
     if w.shape[1] != x.shape[-1]:
       raise ValueError(f"x has {x.shape[-1]} columns where the {w.format} weight has {w.shape[1]}.")
   x_mk = x.reshape(-1, x.shape[-1])
-  return [y.reshape(*x.shape[:-1], -1) for y in _pick(x_mk, ws, implementation)]
+  return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in _pick(x_mk, ws, implementation)]
 
 
 def _pick(x: jax.Array, ws: Sequence[BlockArray], name: str | None) -> list[jax.Array]:
@@ -43,9 +44,13 @@ def _pick(x: jax.Array, ws: Sequence[BlockArray], name: str | None) -> list[jax.
     raise ValueError(f"implementation '{name}' is not one of {', '.join(IMPLEMENTATIONS)}.")
   if not name.startswith("cpu"):
     return {"reference": reference, "xla": xla}[name].int4_matmul(x, ws)
-  if not cpu.supports(ws):
-    raise NotImplementedError(f"'{name}' needs the native library and weights in the x16 layout.")
-  return cpu.int4_matmul(x, ws, isa=name.removeprefix("cpu").removeprefix("_") or "best")
+  isa = name.removeprefix("cpu").removeprefix("_") or "best"
+  if not cpu.supports(ws) or ffi.isa_name(isa) is None:
+    raise NotImplementedError(
+      f"'{name}' needs the native library, a processor with these instructions and weights in the "
+      "x16 layout."
+    )
+  return cpu.int4_matmul(x, ws, isa=isa)
 
 
 def _best(x: jax.Array, ws: Sequence[BlockArray]) -> list[jax.Array]:
@@ -63,4 +68,4 @@ def take_rows(w: BlockArray | jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take(w, ids, axis=0, mode="clip").astype(jnp.float32)
   flat = ids.reshape(-1)
   rows = cpu.take_rows(w, flat) if cpu.supports([w]) else reference.take_rows(w, flat)
-  return rows.reshape(*ids.shape, -1)
+  return rows.reshape(*ids.shape, w.shape[1])

@@ -17,7 +17,11 @@ def int4_matmul(x: jax.Array, ws: Sequence[BlockArray]) -> list[jax.Array]:
 
 
 def take_rows(w: BlockArray, ids: jax.Array) -> jax.Array:
-  """Rows `ids` int32[T] of the matrix as float32[T, K]; only those rows are dequantised."""
-  _, block_bytes = block_shape(w.format)
-  blocks = jnp.take(w.rows().data, ids, axis=0).reshape(ids.shape[0], -1, block_bytes)
-  return dequantize_blocks(blocks, w.format).reshape(ids.shape[0], -1)
+  """Rows `ids` int32[T] of the matrix as float32[T, K]; only those rows are dequantised.
+
+  An id outside the matrix takes the nearest row.
+  """
+  block_size, block_bytes = block_shape(w.format)
+  blocks = jnp.take(w.rows().data, ids, axis=0, mode="clip")
+  blocks = blocks.reshape(ids.shape[0], w.shape[1] // block_size, block_bytes)
+  return dequantize_blocks(blocks, w.format).reshape(ids.shape[0], w.shape[1])
