@@ -1,0 +1,1 @@
+"""The command line `q4jax`: one module a command, found by its name."""

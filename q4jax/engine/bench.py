@@ -1,0 +1,159 @@
+"""How fast a model prefills and decodes: the engine's own programs, with nothing of text around.
+
+The protocol is llama-bench's: a prompt test reads `n_prompt` random tokens in one go and computes
+the logits of the last, a generation test samples `n_gen` tokens one by one, both with `n_depth`
+tokens in the cache already; a repetition that is not counted runs first.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from q4jax.engine.engine import Engine
+from q4jax.engine.programs import Programs, State, new_state
+from q4jax.engine.sampling import SamplingArrays, SamplingParams
+from q4jax.errors import ConfigError
+
+_NO_STOP = np.full(8, -1, np.int32)
+
+
+@dataclass(frozen=True)
+class Test:
+  """One measurement: either n_prompt or n_gen is 0."""
+
+  n_prompt: int
+  n_gen: int
+  n_depth: int = 0
+
+  @property
+  def tokens(self) -> int:
+    """Tokens that one repetition is timed for."""
+    return self.n_prompt + self.n_gen
+
+
+@dataclass(frozen=True)
+class Result:
+  """Seconds of each repetition of a test."""
+
+  test: Test
+  seconds: tuple[float, ...]
+
+  @property
+  def rates(self) -> list[float]:
+    """Tokens a second of each repetition."""
+    return [self.test.tokens / s for s in self.seconds]
+
+  @property
+  def avg_ts(self) -> float:
+    """Mean of `rates`."""
+    return statistics.fmean(self.rates)
+
+  @property
+  def stddev_ts(self) -> float:
+    """Sample standard deviation of `rates`; 0 for a single repetition."""
+    return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
+
+
+def bench(engine: Engine, tests: Sequence[Test], repetitions: int = 5) -> Iterator[Result]:
+  """Runs the tests one after another; sampling is greedy.
+
+  Args:
+    engine: its model, context limit, cache type and prefill chunk are what is measured.
+
+  Raises:
+    ConfigError: a test is empty or longer than the context. Nothing has run by then.
+  """
+  if repetitions < 1:
+    raise ConfigError(f"repetitions is {repetitions}; expected at least 1.")
+  for test in tests:
+    if min(test.n_prompt, test.n_gen, test.n_depth) < 0 or (test.n_prompt > 0) == (test.n_gen > 0):
+      raise ConfigError(f"{test} needs either n_prompt or n_gen above 0, and n_depth 0 or more.")
+    if test.n_depth + test.tokens > engine.max_context:
+      raise ConfigError(
+        f"a test of {test.tokens} tokens at depth {test.n_depth} does not fit the context of "
+        f"{engine.max_context}. Lower its length or its depth."
+      )
+  return _run(engine, tests, repetitions)
+
+
+def _run(engine: Engine, tests: Sequence[Test], repetitions: int) -> Iterator[Result]:
+  runner = _Runner(engine)
+  for test in tests:
+    state = runner.at_depth(test)
+    seconds = []
+    for _ in range(repetitions + 1):  # The first compiles and warms up.
+      took, state = runner.prompt(test, state) if test.n_prompt else runner.generate(test, state)
+      seconds.append(took)
+    yield Result(test, tuple(seconds[1:]))
+
+
+class _Runner:
+  """Runs single repetitions. A state is taken and given back: its caches are donated and reused."""
+
+  def __init__(self, engine: Engine) -> None:
+    self._engine = engine
+    self._leaves = engine.model.leaves
+    self._programs = Programs.of(engine.model, logprobs=False)
+    # Committed to it from the start: an uncommitted argument would compile a program of its own.
+    self._device = next(iter(self._leaves[0].devices()))
+    self._params = SamplingArrays.of([SamplingParams(temperature=0)])
+    self._rng = np.random.default_rng(0)
+
+  def at_depth(self, test: Test) -> State:
+    """A state with the test's n_depth tokens in a cache that has room for the rest."""
+    slots = max(256, 1 << (test.n_depth + test.tokens - 1).bit_length())
+    state = new_state(self._engine.model.config, 1, slots, self._engine.kv_dtype)
+    state = jax.device_put(state, self._device)
+    if test.n_depth:
+      state, _ = self._prefill(state, test.n_depth)
+    return state
+
+  def prompt(self, test: Test, state: State) -> tuple[float, State]:
+    """Seconds of one prefill, to the first token."""
+    state = self._rewind(state, test.n_depth, 0)
+    begin = time.perf_counter()
+    state, hidden = self._prefill(state, test.n_prompt)
+    limit = jnp.ones(1, jnp.int32)
+    state, output = self._programs.first(self._leaves, state, hidden, self._params, limit, _NO_STOP)
+    np.asarray(output.token)
+    return time.perf_counter() - begin, state
+
+  def generate(self, test: Test, state: State) -> tuple[float, State]:
+    """Seconds of n_gen decode steps, each token read while the next step runs."""
+    state = self._rewind(state, test.n_depth, test.n_gen)
+    begin = time.perf_counter()
+    before = None
+    for _ in range(test.n_gen):
+      state, output = self._programs.decode(self._leaves, state, self._params, _NO_STOP)
+      if before is not None:
+        np.asarray(before.token)
+      before = output
+    np.asarray(output.token)
+    return time.perf_counter() - begin, state
+
+  def _prefill(self, state: State, count: int) -> tuple[State, jax.Array]:
+    config, chunk = self._engine.model.config, self._engine.prefill_chunk
+    hidden = jax.device_put(np.zeros((1, config.d_model), np.float32), self._device)
+    for begin in range(0, count, chunk):
+      width = min(chunk, max(16, 1 << (count - begin - 1).bit_length()))
+      tokens = self._rng.integers(0, config.vocab_size, (1, width), dtype=np.int32)
+      real = np.full(1, min(width, count - begin), np.int32)
+      state, hidden = self._programs.prefill(self._leaves, state, tokens, real, hidden)
+    return state, hidden
+
+  def _rewind(self, state: State, length: int, remaining: int) -> State:
+    """The state with only its first `length` cached tokens and `remaining` tokens to sample.
+
+    What lies behind `length` in the cache is never read, so it need not be cleared.
+    """
+    numbers = {"length": length, "token": 0, "remaining": remaining}
+    arrays = {
+      name: jax.device_put(np.full(1, number, np.int32), self._device)
+      for name, number in numbers.items()
+    }
+    return jax.block_until_ready(replace(state, **arrays))
