@@ -142,10 +142,10 @@ def _tensor_entry(cursor: "_Cursor", i: int) -> _TensorEntry:
     raise cursor.error(f"{what} has a dimension of 0: ne = {ne}.", at)
   number = cursor.integer(4, f"the type of {what}")
   if number not in TENSOR_TYPES:
-    known = OTHER_TENSOR_TYPES.get(number)
+    known = OTHER_TENSOR_TYPES.get(number, "an unknown type")
     raise cursor.error(
-      f"{what} has {f'type {known}' if known else 'an unknown type'} (number {number}), which q4jax "
-      f"does not read. It reads {', '.join(type.name for type in TENSOR_TYPES.values())}.",
+      f"{what} is stored as {known} (number {number}), which q4jax does not read. It reads "
+      f"{', '.join(type.name for type in TENSOR_TYPES.values())}.",
       at,
       "Use a file quantised to one of these.",
     )
@@ -293,7 +293,7 @@ class _Cursor:
   def _strings(self, what: str) -> list[str]:
     length = self.count(f"strings in {what}", MAX_STRINGS - self.num_strings, min_bytes=8)
     self.num_strings += length
-    # A vocabulary is 10^5 strings: this is `string` unrolled, which is called only to raise.
+    # A vocabulary is 10^5 strings: this is `string` without its calls.
     buffer, end, at = self.buffer, self.end, self.at
     unpack = struct.Struct("<Q").unpack_from
     strings: list[str] = []
@@ -302,7 +302,7 @@ class _Cursor:
       stop = start + unpack(buffer, at)[0] if start <= end else start
       if stop > end:
         self.at = at
-        return [self.string(f"string {i} of {what}")]
+        self.string(f"string {i} of {what}")  # Raises.
       try:
         strings.append(str(buffer[start:stop], "utf-8"))
       except UnicodeDecodeError as error:

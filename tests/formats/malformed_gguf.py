@@ -73,8 +73,7 @@ def _truncated(base: Gguf) -> Cases:
   for name, value in values.items():
     single = Gguf((("key", value),), ()).parts()
     data = b"".join(part for label, part in single if label != "padding")
-    for i in range(10):
-      length = 24 + (len(data) - 24) * i // 10
+    for length in range(24, len(data), 1 if name == "strings" else 3):
       yield f"single {name} to {length}", one_file(data[:length], "")
   # The last tensor's 128 bytes need no padding.
   yield "last byte", one_file(whole[:-1], "output_norm.weight")
@@ -94,9 +93,11 @@ def _header(base: Gguf) -> Cases:
     yield f"version {version}", one_file(replace(base, version=version), f"version {version} ")
   for version in (2, 3):
     yield f"big-endian {version}", one_file(replace(base, version=version << 24), "big-endian")
-  for name, count in {"2e16": 2**16 + 1, "2e32": 2**32, "2e63": 2**63, "2e64": 2**64 - 1}.items():
-    yield f"tensor count {name}", one_file(replace(base, num_tensors=count), f"{count} tensors")
-    yield f"key count {name}", one_file(replace(base, num_keys=count), f"{count} keys")
+  left = "and the rest of the file holds"
+  for name, count in {"2e12": 2**12, "2e32": 2**32, "2e63": 2**63, "2e64": 2**64 - 1}.items():
+    tensors, keys = replace(base, num_tensors=count), replace(base, num_keys=count)
+    yield f"tensor count {name}", one_file(tensors, f"{count} tensors, {left}")
+    yield f"key count {name}", one_file(keys, f"{count} keys, {left}")
   yield "one tensor more", one_file(replace(base, num_tensors=len(base.tensors) + 1), "tensor 11")
   yield "one key more", one_file(replace(base, num_keys=len(base.keys) + 1), "tensor 0")
   yield "one key fewer", one_file(replace(base, num_keys=len(base.keys) - 1), "tensor")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from formats.malformed_gguf import shard_name, shards_of, split_files
-from formats.raw_gguf import I32, STRING, U16, U32, Gguf, Tensor, array, good, scalar
+from formats.raw_gguf import I32, STRING, U16, U32, Gguf, Tensor, Value, array, good, scalar, text
 from q4jax.errors import FormatError
 from q4jax.formats import gguf_header
 from q4jax.formats.gguf import GGUFFile
@@ -185,6 +185,42 @@ def test_version_2_alignment_and_gaps(tmp_path: Path) -> None:
     assert_same_as_gguf_py(path)
     with GGUFFile.open(path) as opened:
       assert opened.version == 2
+
+
+@pytest.mark.parametrize(
+  ("value", "expected"),
+  [
+    (text("end"), "end"),
+    (text(""), ""),
+    (array(STRING, ["a", "end"]), ["a", "end"]),
+    (array(STRING, ["a", ""]), ["a", ""]),
+    (array(STRING, []), []),
+    (array(U16, [1, 2]), [1, 2]),
+  ],
+)
+def test_nothing_follows_the_last_value(tmp_path: Path, value: Value, expected: object) -> None:
+  """Vocabulary files have no data section, nor the padding before one."""
+  parts = Gguf((("key", value),), ()).parts()
+  path = tmp_path / "x.gguf"
+  path.write_bytes(b"".join(part for label, part in parts if label != "padding"))
+  with GGUFFile.open(path) as file:
+    found = file.metadata["key"]
+    assert (found.tolist() if isinstance(found, np.ndarray) else found) == expected
+
+
+def test_an_empty_model(tmp_path: Path) -> None:
+  path = tmp_path / "x.gguf"
+  path.write_bytes(Gguf((), ()).encode()[:24])
+  with GGUFFile.open(path) as file:
+    assert file.metadata == file.tensors == {}
+
+
+def test_the_longest_names(tmp_path: Path) -> None:
+  key, name = "k" * 65535, "é" * 31 + "n"
+  tensor = Tensor(name, (1,), 0, bytes(4))
+  with GGUFFile.open(write(tmp_path / "x.gguf", Gguf(((key, text("")),), (tensor,)))) as file:
+    assert list(file.metadata) == [key]
+    assert list(file.tensors) == [name]
 
 
 def test_rows_are_views(tmp_path: Path) -> None:
