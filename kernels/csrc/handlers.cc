@@ -161,11 +161,13 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   const bool half = k_cache.element_type() == ffi::F16;
   const int64_t bytes = half ? 2 : 4;
   if (!half && k_cache.element_type() != ffi::F32) return Invalid("the cache must be float16 or float32");
-  if (v_cache.element_type() != k_cache.element_type() || v_cache.element_count() != k_cache.element_count() ||
-      k_out->element_count() != k_cache.element_count() || v_out->element_count() != k_cache.element_count() ||
+  const auto is_cache = [&](const auto& c) {
+    return c.element_type() == k_cache.element_type() && c.element_count() == k_cache.element_count();
+  };
+  if (!is_cache(v_cache) || !is_cache(*k_out) || !is_cache(*v_out) ||
       (int64_t)k_cache.element_count() != a.B * a.Hkv * a.S * a.D || v.element_count() != k.element_count() ||
-      (int64_t)k.element_count() != a.B * a.T * a.Hkv * a.D || a.Hq % a.Hkv ||
-      (int64_t)start.element_count() != a.B || (int64_t)length.element_count() != a.B)
+      (int64_t)k.element_count() != a.B * a.T * a.Hkv * a.D || out->element_count() != q.element_count() ||
+      a.Hkv == 0 || a.Hq % a.Hkv || (int64_t)start.element_count() != a.B || (int64_t)length.element_count() != a.B)
     return Invalid("attention's arguments do not fit each other");
   for (int64_t b = 0; b < a.B; b++) {
     if (a.start[b] < 0 || a.length[b] < 0 || a.length[b] > a.T || (int64_t)a.start[b] + a.length[b] > a.S)

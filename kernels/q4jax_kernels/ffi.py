@@ -20,7 +20,8 @@ def library() -> ctypes.CDLL | None:
   """The loaded library, or None with one warning where it was not built or cannot be loaded."""
   try:
     lib = ctypes.CDLL(str(_PATH))
-  except OSError as error:
+    handlers = {name: getattr(lib, name) for name in _HANDLERS}
+  except (OSError, AttributeError) as error:  # AttributeError: an older build, without a handler.
     reason = "it was not built" if not _PATH.exists() else str(error)
     warnings.warn(
       f"q4jax: the native CPU kernels are not available ({reason}); matrices will be dequantised "
@@ -29,8 +30,8 @@ def library() -> ctypes.CDLL | None:
       stacklevel=2,
     )
     return None
-  for name in _HANDLERS:
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(lib, name)), platform="cpu")
+  for name, handler in handlers.items():
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
   lib.q4jax_isa_name.restype = ctypes.c_char_p
   lib.q4jax_isa_name.argtypes = [ctypes.c_int64]
   lib.q4jax_interleave.restype = None
