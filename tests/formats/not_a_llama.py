@@ -22,7 +22,7 @@ from formats.raw_gguf import (
 
 def cases(base: Gguf) -> Cases:
   def key(name: str, value: Value | None, says: str | None = None) -> Case:
-    return one_file(base.with_key(name, value), says or name, "load")
+    return one_file(base.with_key(name, value), name if says is None else says, "load")
 
   arch = "general.architecture"
   yield "architecture missing", key(arch, None)
@@ -82,7 +82,7 @@ def cases(base: Gguf) -> Cases:
   yield "tokenizer missing", key(f"{tokenizer}.model", None, f"{tokenizer}.model")
   yield "tokenizer unknown", key(f"{tokenizer}.model", text("bert"), "bert")
   yield "tokenizer int", key(f"{tokenizer}.model", scalar(U32, 1))
-  yield "tokens missing", key(f"{tokenizer}.tokens", None)
+  yield "tokens missing", key(f"{tokenizer}.tokens", None, "vocab")
   yield "tokens string", key(f"{tokenizer}.tokens", text("abc"))
   yield "tokens numbers", key(f"{tokenizer}.tokens", array(I32, [1, 2, 3]))
   yield "tokens empty", key(f"{tokenizer}.tokens", array(STRING, []), "")
@@ -93,7 +93,8 @@ def cases(base: Gguf) -> Cases:
   yield "bos outside", key(f"{tokenizer}.bos_token_id", scalar(U32, 289))
   yield "bos string", key(f"{tokenizer}.bos_token_id", text("1"))
   yield "eos negative", key(f"{tokenizer}.eos_token_id", scalar(I32, -1))
-  yield "bpe without merges", key(f"{tokenizer}.model", text("gpt2"), f"{tokenizer}.merges")
+  bpe = base.with_key(f"{tokenizer}.model", text("gpt2")).with_key(f"{tokenizer}.token_type", None)
+  yield "bpe without merges", one_file(bpe, f"{tokenizer}.merges", "load")
 
   for i, tensor in enumerate(base.tensors):
     name = str(tensor.name)
