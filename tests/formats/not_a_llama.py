@@ -94,7 +94,9 @@ def cases(base: Gguf) -> Cases:
   yield "bos string", key(f"{tokenizer}.bos_token_id", text("1"))
   yield "eos negative", key(f"{tokenizer}.eos_token_id", scalar(I32, -1))
   normal = base.with_key(f"{tokenizer}.token_type", array(I32, [1] * 289))
-  bpe = normal.with_key(f"{tokenizer}.model", text("gpt2"))
+  bpe = normal.with_key(f"{tokenizer}.model", text("gpt2")).with_key(
+    f"{tokenizer}.pre", text("smollm")
+  )
   yield "bpe without merges", one_file(bpe, f"{tokenizer}.merges", "load")
 
   for i, tensor in enumerate(base.tensors):
