@@ -105,14 +105,14 @@ class _MetadataReader:
     )
 
   def _refuse_unsupported(self) -> None:
-    experts = self.metadata.get(f"{self.arch}.expert_count", 0)
+    experts = self._count("expert_count")
     if experts:
       raise FormatError(
         f"{self.path}: {self.arch}.expert_count is {experts}: mixture-of-experts models are not "
         "supported. Use a dense model."
       )
-    window = self.metadata.get(f"{self.arch}.attention.sliding_window", 0)
-    if window and window < self.metadata.get(f"{self.arch}.context_length", 0):
+    window = self._count("attention.sliding_window")
+    if 0 < window < self._int("context_length"):
       raise FormatError(
         f"{self.path}: {self.arch}.attention.sliding_window is {window}: sliding-window attention "
         "is not supported. Use a model with full attention."
@@ -137,23 +137,28 @@ class _MetadataReader:
     return head_dim
 
   def _vocab_size(self) -> int:
-    tokens = self.metadata.get("tokenizer.ggml.tokens")
-    return len(tokens) if tokens is not None else self._int("vocab_size")
+    key = "tokenizer.ggml.tokens"
+    if key not in self.metadata:
+      return self._int("vocab_size")
+    tokens = self._get(key, list)
+    if not tokens:
+      raise FormatError(f"{self.path}: {key} is empty; expected the vocabulary.")
+    return len(tokens)
 
   def _rope_scale(self) -> float:
-    prefix = f"{self.arch}.rope.scaling."
-    # Files older than the `type` key have `rope.scale_linear`.
-    if f"{self.arch}.rope.scale_linear" in self.metadata:
-      return self._positive("rope.scale_linear")
-    kind = self.metadata.get(prefix + "type", "none")
+    # llama.cpp takes a factor without a type as linear. Old files call it `rope.scale_linear`.
+    key = f"{self.arch}.rope.scaling.type"
+    kind = self._get(key, str) if key in self.metadata else None
     if kind == "none":
       return 1.0
-    if kind == "linear":
-      return self._positive("rope.scaling.factor")
-    raise FormatError(
-      f"{self.path}: {prefix}type is '{kind}'. q4jax supports 'none', 'linear' and Llama 3's "
-      "scaling (stored as rope_freqs.weight); use a file without this scaling."
-    )
+    if kind not in (None, "linear"):
+      raise FormatError(
+        f"{self.path}: {key} is '{kind:.80}'. q4jax supports 'none', 'linear' and Llama 3's "
+        "scaling (stored as rope_freqs.weight); use a file without this scaling."
+      )
+    names = ("rope.scaling.factor", "rope.scale_linear")
+    name = next((n for n in names if f"{self.arch}.{n}" in self.metadata), names[0])
+    return self._positive(name, 1.0 if kind is None else None)
 
   def _get(self, key: str, kind: type) -> Any:
     if key not in self.metadata:
@@ -177,6 +182,14 @@ class _MetadataReader:
     value = self._get(key, int)
     if not 0 < value < limit:
       raise FormatError(f"{self.path}: {key} is {value}; expected 1..{limit - 1}.")
+    return int(value)
+
+  def _count(self, key: str) -> int:
+    """The value of a key that may be 0 or missing, which means the same."""
+    key = f"{self.arch}.{key}"
+    value = self._get(key, int) if key in self.metadata else 0
+    if value < 0:
+      raise FormatError(f"{self.path}: {key} is {value}; expected 0 or more.")
     return int(value)
 
   def _positive(self, key: str, default: float | None = None) -> float:

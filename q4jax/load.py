@@ -1,25 +1,25 @@
 """`q4jax.load`: from a model's name to a model in memory, its weights still quantised."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from q4jax_kernels import ffi
-from q4jax_kernels.block_array import ROWS, BlockArray, dequantize_blocks, interleave_tile
 
 from q4jax import config as config_lib
 from q4jax.config import INTERLEAVED_ARCHITECTURES, LlamaConfig
-from q4jax.errors import FormatError
+from q4jax.errors import FormatError, TokenizerError
 from q4jax.formats.gguf import GGUFFile
 from q4jax.formats.gguf_types import TensorInfo
 from q4jax.formats.hub import resolve
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
 from q4jax.text.tokenizer import Tokenizer
+from q4jax_kernels import ffi
+from q4jax_kernels.block_array import ROWS, BlockArray, dequantize_blocks, interleave_tile
 
 _FLOATS = ("f32", "f16", "bf16")
 # Tensors that some converters add and that hold nothing a model needs.
@@ -60,16 +60,21 @@ def load(
   device = device or jax.local_devices()[0]
   with GGUFFile.open(path) as file:
     config = config_lib.from_gguf(file.metadata, frozenset(file.tensors), str(path))
-    text = (
-      Tokenizer.from_tokenizer_json(tokenizer)
-      if tokenizer is not None
-      else Tokenizer.from_gguf_metadata(file.metadata)
-    )
+    text = _tokenizer(file.metadata, tokenizer, path)
     source = _Weights(file, config, str(path), device, progress)
     module = Llama(config, source.make, dtype=_matmul_dtype(device))
     source.check_all_used()
     metadata = {k: v for k, v in file.metadata.items() if not k.startswith("tokenizer.ggml.")}
   return Model(module, text, metadata, str(path))
+
+
+def _tokenizer(metadata: Mapping[str, Any], external: str | Path | None, path: Path) -> Tokenizer:
+  if external is not None:
+    return Tokenizer.from_tokenizer_json(external)
+  try:
+    return Tokenizer.from_gguf_metadata(metadata)
+  except TokenizerError as error:
+    raise TokenizerError(f"{path}: {error}") from None
 
 
 def _matmul_dtype(device: jax.Device) -> jnp.dtype:
