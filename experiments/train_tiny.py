@@ -31,7 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from absl import app, flags
+
+from q4jax_kernels.attention import causal_attention
 
 from experiments.tiny import checkpoint
 from q4jax.config import LlamaConfig
@@ -71,12 +74,15 @@ class Config:
   vocab_size: int = _setting(4096, "Tokens of the tokenizer.")
   context: int = _setting(2048, "Tokens in a window.")
   batch: int = _setting(32, "Windows in a step.")
+  short_context: int = _setting(512, "Tokens in a window at first; a step has as many tokens.")
+  short_part: float = _setting(0.85, "Part of the steps that have short windows.")
   learning_rate: float = _setting(2e-3, "Largest learning rate.")
   warmup: int = _setting(200, "Steps of linear warm-up.")
   weight_decay: float = _setting(0.1, "AdamW's, on matrices.")
   dropout: float = _setting(0.1, "Of embeddings and residual branches.")
   eval_every: int = _setting(300, "Steps between evaluations.")
   steps_per_call: int = _setting(50, "Steps in one jitted call.")
+  dtype: str = _setting("bfloat16", "Operands of the matrix products: bfloat16 or float32.")
   attention: str = _setting("auto", "xla, cudnn, or auto: cudnn where it works.")
 
   @property
@@ -142,7 +148,10 @@ def _attend(
   )
   q, k = rotate(q, cos, sin), rotate(k, cos, sin)
   q, k, v = (y.astype(attn.dtype) for y in (q, k, v))
-  y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+  if implementation == "cudnn":
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+  else:
+    y = causal_attention(q, k, v)
   return project(y.astype(x.dtype).reshape(b, t, -1), [attn.output], attn.dtype)[0]
 
 
@@ -212,11 +221,33 @@ def _norm(tree: Params) -> jax.Array:
   return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
 
 
+def _matrices(params: Params) -> Any:
+  # Without this optax stumbles over the parameters that are not Muon's.
+  return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+
+
 def optimizer(config: Config) -> optax.GradientTransformation:
-  """AdamW before the learning rate; norms are not decayed."""
+  """Muon for the matrices of the layers, Adam for the embedding and norms, before the learning rate.
+
+  Muon (Jordan et al. 2024) steps along the gradient's orthogonal factor; its updates are scaled to
+  the root mean square of Adam's, 0.2 (arXiv 2502.16982), so that one learning rate serves both.
+  """
+  muon = optax.chain(
+    optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices),
+    optax.stateless(
+      lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates)
+    ),
+  )
+  adam = optax.scale_by_adam(b1=0.9, b2=0.95)
+
+  def labels(params: Params) -> dict[str, str]:
+    return {
+      n: "muon" if p.ndim == 2 and n.startswith("blk.") else "adam" for n, p in params.items()
+    }
+
   return optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.scale_by_adam(b1=0.9, b2=0.95),
+    optax.multi_transform({"muon": muon, "adam": adam}, labels),
     optax.add_decayed_weights(
       config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     ),
@@ -288,6 +319,34 @@ def make_evaluate(
   return evaluate
 
 
+def _short(config: Config) -> Config:
+  """The first phase: shorter windows, more of them."""
+  if config.context % config.short_context:
+    raise ValueError("--context must be a multiple of --short_context.")
+  more = config.context // config.short_context
+  return dataclasses.replace(config, context=config.short_context, batch=config.batch * more)
+
+
+def _turn(total: int, config: Config) -> int:
+  """The step from which windows are long; warm-up, before the schedule is known, is short."""
+  return int(config.short_part * total) if total else 2**31
+
+
+class _Phase:
+  """The compiled function and the data of one length of windows."""
+
+  def __init__(self, config: Config, dtype: jnp.dtype, attention: Attention, length: int):
+    self.train = make_train(config, dtype, attention)
+    self.batches = windows(length, config.context, config.batch, config.seed)
+
+  def skip(self, steps: int) -> None:
+    for _ in range(steps):
+      next(self.batches)
+
+  def next(self, steps: int) -> np.ndarray:
+    return np.stack([next(self.batches) for _ in range(steps)])
+
+
 def run(config: Config, begin: float | None = None) -> dict[str, Any]:
   """Trains and writes checkpoints. Returns the record of the best one.
 
@@ -304,7 +363,8 @@ def run(config: Config, begin: float | None = None) -> dict[str, Any]:
     raise ValueError("give either --minutes or --steps.")
   deadline = begin + 60 * config.minutes if config.minutes else math.inf
   on_gpu = jax.default_backend() == "gpu"
-  dtype = jnp.dtype(jnp.bfloat16 if on_gpu else jnp.float32)
+  # CPUs with AVX512-BF16 multiply it twice as fast too.
+  dtype = jnp.dtype(config.dtype)
   attention = pick_attention(config.attention) if on_gpu else "xla"
   row, validation_row = (
     np.fromfile(Path(config.data) / f"{split}.bin", np.uint16).astype(np.int32)
@@ -320,11 +380,11 @@ def run(config: Config, begin: float | None = None) -> dict[str, Any]:
   step, total, best = 0, config.steps, math.inf
   if config.resume:
     params, opt_state, (step, total, best) = _load_state(Path(config.state), opt_state)
-  train = make_train(config, dtype, attention)
+  phases = [_Phase(c, dtype, attention, len(row)) for c in (_short(config), config)]
   evaluate = make_evaluate(config, dtype, attention)
-  batches = windows(len(row), config.context, config.batch, config.seed)
-  for _ in range(step):
-    next(batches)
+  turn = _turn(total, config)
+  phases[0].skip(min(step, turn))
+  phases[1].skip(max(step - turn, 0))
   record = _description(config, sum(p.size for p in params.values()), dtype, attention)
   print(json.dumps(record), file=sys.stderr)
 
@@ -335,9 +395,11 @@ def run(config: Config, begin: float | None = None) -> dict[str, Any]:
     mark = time.monotonic()
     # Before the schedule is known, steps are warm-up: they do not depend on it.
     planned = total or config.warmup
-    steps = min(config.steps_per_call, planned - step)
-    starts = np.stack([next(batches) for _ in range(steps)])
-    params, opt_state, train_loss, norm = train(
+    turn = _turn(total, config)
+    phase = phases[step >= turn]
+    steps = min(config.steps_per_call, planned - step, turn - step if step < turn else planned)
+    starts = phase.next(steps)
+    params, opt_state, train_loss, norm = phase.train(
       params, opt_state, on_device, starts, np.int32(step), np.float32(planned)
     )
     step += steps

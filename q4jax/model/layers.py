@@ -1,11 +1,13 @@
 """The layers of a Llama as Flax modules: a weight is a float array or a quantised `BlockArray`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from q4jax.config import LlamaConfig
 from q4jax.model.rope import rotate
@@ -27,7 +29,7 @@ def variable(value: Weight) -> nnx.Variable:
   return QWeight(value) if isinstance(value, BlockArray) else nnx.Param(value)
 
 
-def project(x: jax.Array, weights: list[nnx.Variable], dtype: jnp.dtype) -> list[jax.Array]:
+def project(x: jax.Array, weights: list[nnx.Variable], dtype: DTypeLike) -> list[jax.Array]:
   """x [..., K] times the transpose of each weight [N, K]: a list of [..., N] in x's dtype.
 
   Quantised weights go through one call of the int4 matmul, which reads x once for all of them.
@@ -39,13 +41,38 @@ def project(x: jax.Array, weights: list[nnx.Variable], dtype: jnp.dtype) -> list
   return [_float_matmul(x, w, dtype) for w in values]
 
 
-def _float_matmul(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
+def _float_matmul(x: jax.Array, w: Weight, dtype: DTypeLike) -> jax.Array:
   if isinstance(w, BlockArray):
     return int4_matmul(x, [w])[0]
-  y = jnp.einsum(
-    "...k,nk->...n", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
-  )
-  return y.astype(x.dtype)
+  return mixed_matmul(x, w, dtype).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def mixed_matmul(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """x [..., K] times the transpose of w [N, K], operands in `dtype`, float32 accumulation and result.
+
+  The gradient's products take their operands in `dtype` too; JAX's own rule would multiply the
+  float32 cotangent with them, which no matrix unit does.
+  """
+  return _dot("...k,nk->...n", x, w, dtype)
+
+
+def _mixed_forward(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple]:
+  return mixed_matmul(x, w, dtype), (x, w)
+
+
+def _mixed_backward(dtype: DTypeLike, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x, w = saved
+  dx = _dot("...n,nk->...k", dy, w, dtype).astype(x.dtype)
+  dw = _dot("mn,mk->nk", dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), dtype)
+  return dx, dw.astype(w.dtype)
+
+
+mixed_matmul.defvjp(_mixed_forward, _mixed_backward)
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
+  return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -78,7 +105,7 @@ class Span(NamedTuple):
 class Attention(nnx.Module):
   """Grouped-query attention with RoPE; biases and q/k norms where the config has them."""
 
-  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: jnp.dtype):
+  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: DTypeLike):
     c = config
     q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     self.config, self.dtype = config, dtype
@@ -127,7 +154,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
   """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: jnp.dtype):
+  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: DTypeLike):
     self.dtype = dtype
     self.gate = variable(make(f"{prefix}ffn_gate.weight", (config.d_ffn, config.d_model)))
     self.up = variable(make(f"{prefix}ffn_up.weight", (config.d_ffn, config.d_model)))
