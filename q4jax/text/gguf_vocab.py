@@ -2,7 +2,7 @@
 
 Two models are known: `llama` (SentencePiece BPE: pieces and scores) and `gpt2` (byte-level BPE:
 tokens and merges). Metadata comes from strangers: everything is checked before it is used, and the
-work is bounded by MAX_TOKENS and MAX_CHARS.
+number and lengths of tokens, which bound the work, have limits far above any real vocabulary's.
 """
 
 import math
@@ -17,8 +17,8 @@ from q4jax.text.bpe import build_bpe, plain_ids, plain_merges
 from q4jax.text.pretokenizers import PRE_TOKENIZERS
 from q4jax.text.vocabulary import BYTE_TEXT, ENDS, MAX_TOKENS, SPACE, Kind, Vocabulary, stop_ids
 
-MAX_CHARS = 1 << 23  # of all tokens; the largest published vocabularies have 2 million.
-
+_MAX_TOKEN_CHARS = 1 << 10  # Real ones have at most 128,
+_MAX_CHARS = 1 << 23  # and 2 million in all tokens.
 _PREFIX = "tokenizer.ggml."
 _ROLES = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator")  # GGUF's spelling
 _KINDS = {kind.value: kind for kind in Kind}
@@ -103,7 +103,10 @@ def _byte_level(
   pre = PRE_TOKENIZERS[name]
   ids = plain_ids(texts, kinds)
   pairs = (merge.partition(" ")[::2] for merge in _strings(metadata, "merges"))
-  merges = plain_merges(pairs, ids, set(texts))
+  try:
+    merges = plain_merges(pairs, ids, set(texts))
+  except TokenizerError as e:
+    raise TokenizerError(f"{_PREFIX}{e} {_HELP}") from e
   tokenizer = Tokenizer(build_bpe(ids, merges, len(texts), ignore_merges=pre.ignore_merges))
   tokenizer.pre_tokenizer = pre.build()
   return tokenizer, pre.add_bos
@@ -143,10 +146,12 @@ def _splits(
 
 def _texts(metadata: Mapping[str, Any]) -> list[str]:
   texts = _strings(metadata, "tokens")
-  if not 0 < len(texts) <= MAX_TOKENS or sum(map(len, texts)) > MAX_CHARS:
+  sizes = [len(text) for text in texts]
+  if not 0 < len(texts) <= MAX_TOKENS or max(sizes) > _MAX_TOKEN_CHARS or sum(sizes) > _MAX_CHARS:
     raise TokenizerError(
-      f"{_PREFIX}tokens holds {len(texts)} tokens of {sum(map(len, texts))} characters; expected 1 "
-      f"to {MAX_TOKENS} tokens of at most {MAX_CHARS} characters. {_HELP}"
+      f"{_PREFIX}tokens holds {len(texts)} tokens of up to {max(sizes, default=0)} characters, "
+      f"{sum(sizes)} in all; expected 1 to {MAX_TOKENS} tokens of up to {_MAX_TOKEN_CHARS} "
+      f"characters, at most {_MAX_CHARS} in all. {_HELP}"
     )
   seen: dict[str, int] = {}
   for id, text in enumerate(texts):

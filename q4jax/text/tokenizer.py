@@ -4,6 +4,7 @@ Merging and cutting is the Hugging Face tokenizers library's work (`Vocabulary.f
 Here are the special tokens, which text becomes only on request, and the way back from ids.
 """
 
+import bisect
 import codecs
 import functools
 import operator
@@ -11,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from q4jax.errors import TokenizerError
 from q4jax.text import gguf_vocab, json_vocab
@@ -33,8 +36,8 @@ class Tokenizer:
     control = {text: id for text, id in self._ids.items() if vocabulary.kinds[id] in _CONTROL}
     whole = {t: id for t, id in self._ids.items() if vocabulary.kinds[id] == Kind.USER_DEFINED}
     self._whole = _Finder(whole)
+    self._control = _Finder(control)
     self._special = _Finder(whole | control)
-    self.control_texts = frozenset(control)
 
   @classmethod
   def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -100,6 +103,10 @@ class Tokenizer:
     """Cuts text at the special tokens in it: plain text as str, tokens as their ids."""
     return (self._special if parse_special else self._whole).split(text)
 
+  def control_positions(self, text: str) -> list[int]:
+    """Where in a text a control token begins, or would if the right text followed its end."""
+    return self._control.positions(text)
+
   def encode_parts(
     self, parts: Iterable[str | int], add_bos: bool = True, add_eos: bool = True
   ) -> list[int]:
@@ -154,14 +161,15 @@ class Tokenizer:
       raise TokenizerError(f"No token of the vocabulary is written {piece!r}.")
     return self._ids[piece]
 
-  def _encode_plain(self, plain: Any, text: str) -> list[int]:
+  def _encode_plain(self, plain: tokenizers.Tokenizer, text: str) -> list[int]:
     try:
-      ids: list[int] = plain.encode(text, add_special_tokens=False).ids
+      text.encode()
     except UnicodeEncodeError as e:
       raise TokenizerError(
         f"The text has a lone surrogate, {text[e.start]!r}, at {e.start}: it is not valid Unicode. "
         "Read it as UTF-8, with errors='replace' if need be."
       ) from e
+    ids: list[int] = plain.encode(text, add_special_tokens=False).ids
     if self.vocab_size in ids:
       ids = [self._unknown(text) if id == self.vocab_size else id for id in ids]
     return ids
@@ -238,6 +246,22 @@ class _Finder:
       lengths.setdefault(text[0], set()).add(len(text))
     self._lengths = {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
     self._first = re.compile("[" + re.escape("".join(lengths)) + "]") if lengths else None
+    self._sorted = sorted(ids)
+
+  def positions(self, text: str) -> list[int]:
+    """Every index where one of the texts begins, also inside another, or is cut off by the end."""
+    found = self._first.finditer(text) if self._first else ()
+    return [match.start() for match in found if self._begins(text, match.start())]
+
+  def _begins(self, text: str, at: int) -> bool:
+    sizes = self._lengths[text[at]]
+    if any(text[at : at + size] in self._ids for size in sizes):
+      return True
+    rest = text[at : at + sizes[0]]
+    next_one = bisect.bisect_left(self._sorted, rest)
+    return len(rest) == len(text) - at and any(
+      other.startswith(rest) for other in self._sorted[next_one : next_one + 1]
+    )
 
   def split(self, text: str) -> list[str | int]:
     parts: list[str | int] = []
