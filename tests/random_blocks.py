@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 
-FLOATS = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
+FLOATS = ("f32", "f16", "bf16")
 # Where the float16 factors of a block lie; all other bytes may hold anything.
 _HALVES = {
   "q4_0": (0,),
@@ -56,7 +56,7 @@ def set_halves(rows: np.ndarray, format: str, value: float) -> np.ndarray:
 
 def dequantize(rows: np.ndarray, format: str) -> np.ndarray:
   """float32[n, k], by gguf-py."""
+  if format in ("f32", "f16"):
+    return rows.view("<f4" if format == "f32" else "<f2").astype(np.float32)
   with np.errstate(all="ignore"):
-    if format in ("f32", "f16"):
-      return rows.view(FLOATS[format]).astype(np.float32)
     return gguf.dequantize(rows, ggml_type(format))

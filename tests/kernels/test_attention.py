@@ -1,5 +1,6 @@
 """Attention, native and reference, against a float64 sum over heads, queries and slots."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def attention(implementation: str) -> Callable[..., Any]:
   isa = NATIVE[implementation]
   if ffi.isa_name(isa) is None:
     pytest.skip(f"this processor, or this build, has no {isa}")
-  return jax.jit(lambda *args: cpu.cached_attention(*args, isa=isa))
+  return jax.jit(functools.partial(cpu.cached_attention, isa=isa))
 
 
 def brute_force(
@@ -178,7 +179,8 @@ def test_no_copy_of_the_cache() -> None:
   if not ffi.available():
     pytest.skip("the reference converts the cache to float32")
   lowered = jax.jit(cached_attention, donate_argnums=3).lower(q, k, k, (half, half), row, row)
-  assert lowered.compile().memory_analysis().temp_size_in_bytes < 1 << 16
+  analysis = lowered.compile().memory_analysis()
+  assert analysis is not None and analysis.temp_size_in_bytes < 1 << 16
 
 
 @pytest.mark.parametrize("implementation", NATIVE)

@@ -439,7 +439,9 @@ def test_no_float_copy_of_the_weight(m: int) -> None:
     data = jax.ShapeDtypeStruct((n // ROWS, ROWS * k // 256 * 144), jnp.uint8)
     w = BlockArray(data, "q4_k", n, "x16")  # type: ignore[arg-type]  # stands for the array
     lowered = jax.jit(lambda x, w: int4_matmul(x, [w], implementation)).lower(x, w)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
   assert temporaries(None) <= 1 << 16
   assert temporaries("xla") >= 4 * n * k
