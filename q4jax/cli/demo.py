@@ -11,7 +11,6 @@ made; null where there are none).
 """
 
 import json
-import sys
 from importlib import resources
 from typing import Any
 
@@ -43,11 +42,7 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   from q4jax.cli import streaming
   from q4jax.engine import Engine
 
-  def show(index: int, text: str) -> None:
-    if not flags.json:
-      sys.stdout.write(text)
-      sys.stdout.flush()
-
+  show = streaming.discard if flags.json else streaming.write
   show(0, flags.prompt)
   ids = [model.tokenizer.encode(flags.prompt)]
   options = {"max_tokens": flags.max_tokens, "temperature": 0.0}

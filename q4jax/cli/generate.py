@@ -15,9 +15,6 @@ first five for each, as a list under the key completions. Ctrl-C prints what the
 code 130.
 """
 
-import sys
-from typing import Any
-
 from absl import flags as absl_flags
 
 from q4jax.cli import common
@@ -55,9 +52,11 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   ids = [model.tokenizer.encode(prompt) for prompt in prompts]
   options = {**common.sampling(flags), "logprobs": flags.logprobs}
   streams = len(prompts) == 1 and not flags.json
-  answers, speed = streaming.answer(engine, ids, options, _write if streams else _discard)
+  answers, speed = streaming.answer(
+    engine, ids, options, streaming.write if streams else streaming.discard
+  )
   if flags.json:
-    rows = [_row(answer, flags.logprobs) for answer in answers]
+    rows = [answer.json() for answer in answers]
     body = rows[0] if len(rows) == 1 else {"completions": rows}
     timing = {"load_s": round(load_s, 6), **speed.json()}
     common.print_json({**body, "model": model.path, "timing": timing})
@@ -78,31 +77,3 @@ def _prompts(flags: absl_flags.FlagValues) -> list[str]:
   if not flags.prompt:
     raise UsageError("there is nothing to continue; give --prompt=TEXT or --file=PATH.")
   return list(flags.prompt)
-
-
-def _write(index: int, text: str) -> None:
-  sys.stdout.write(text)
-  sys.stdout.flush()
-
-
-def _discard(index: int, text: str) -> None:
-  """JSON and batches are printed at the end."""
-
-
-def _row(answer: Any, logprobs: int | None) -> dict[str, Any]:
-  row = {
-    "text": answer.text,
-    "tokens": answer.tokens,
-    "finish_reason": answer.finish_reason,
-    "prompt_tokens": answer.prompt_tokens,
-  }
-  if logprobs is not None:
-    row["logprobs"] = [
-      {
-        "token": entry.token,
-        "logprob": entry.logprob,
-        "top": [{"token": token, "logprob": value} for token, value in entry.top],
-      }
-      for entry in answer.logprobs
-    ]
-  return row

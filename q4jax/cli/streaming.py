@@ -1,5 +1,6 @@
 """Runs the engine for a command: text shown as it comes, Ctrl-C keeps what there is."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,41 @@ class Answer:
   finish_reason: str = "interrupted"
   logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+  def json(self) -> dict[str, Any]:
+    """As a JSON object; log-probabilities only if there are any."""
+    row: dict[str, Any] = {
+      "text": self.text,
+      "tokens": self.tokens,
+      "finish_reason": self.finish_reason,
+      "prompt_tokens": self.prompt_tokens,
+    }
+    if self.logprobs:
+      row["logprobs"] = [
+        {
+          "token": entry.token,
+          "logprob": entry.logprob,
+          "top": [{"token": token, "logprob": value} for token, value in entry.top],
+        }
+        for entry in self.logprobs
+      ]
+    return row
+
+
+def write(index: int, text: str) -> None:
+  """Shows a piece of text at once, on stdout."""
+  sys.stdout.write(text)
+  sys.stdout.flush()
+
+
+def discard(index: int, text: str) -> None:
+  """Shows nothing: JSON and batches are printed at the end."""
+
 
 def answer(
   engine: Engine,
   prompts: Sequence[list[int]],
   options: dict[str, Any],
-  show: Callable[[int, str], None] = lambda index, text: None,
+  show: Callable[[int, str], None],
 ) -> tuple[list[Answer], Speed]:
   """Generates for a batch of prompts, token ids; `options` are `Engine.stream`'s.
 

@@ -1,5 +1,6 @@
 """Finds a model by its name: a path, the alias `tiny`, or a file on the Hugging Face hub."""
 
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -32,20 +33,45 @@ def _download(name: str) -> Path:
   parts = name.removeprefix("hf://").split("/")
   if len(parts) < 3 or not all(parts) or not parts[-1].endswith(".gguf"):
     raise ConfigError(f"'{name}' is no hub address; expected hf://org/repo/path/to/file.gguf.")
+  repo, file = "/".join(parts[:2]), "/".join(parts[2:])
+  shards = _shards(file)
   import huggingface_hub  # Slow to import, and only this path needs it.
 
-  repo, file = "/".join(parts[:2]), "/".join(parts[2:])
   try:
-    files = [file]
-    if "-00001-of-" in file:  # A split model: its other shards lie beside the first.
-      prefix, tail = file.split("-00001-of-", 1)
-      count = int(tail.removesuffix(".gguf"))
-      files += [f"{prefix}-{i:05}-of-{tail}" for i in range(2, count + 1)]
-    paths = [huggingface_hub.hf_hub_download(repo, f) for f in files]
-  except Exception as error:  # huggingface_hub raises its own, requests' and OS errors alike.
-    reason = str(error).strip().split("\n")[0][:300]
+    paths = [huggingface_hub.hf_hub_download(repo, shard) for shard in shards]
+  except Exception as error:  # huggingface_hub raises its own, its HTTP library's and OS errors.
     raise DownloadError(
-      f"'{name}' could not be downloaded: {type(error).__name__}: {reason}. Check the name, your "
-      "network and, for a gated model, HF_TOKEN; or download the file yourself and give its path."
+      f"'{name}' could not be downloaded: {_reason(error, repo)} Or download the file yourself and "
+      "give its path."
     ) from error
-  return Path(paths[0])
+  return Path(paths[shards.index(file)])
+
+
+def _shards(file: str) -> list[str]:
+  """The file, or all shards if it is one of a split model."""
+  split = re.fullmatch(r"(?P<prefix>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})\.gguf", file)
+  if split is None:
+    return [file]
+  of = split["count"]
+  shards = [f"{split['prefix']}-{i:05}-of-{of}.gguf" for i in range(1, int(of) + 1)]
+  return shards if file in shards else [file]
+
+
+def _reason(error: Exception, repo: str) -> str:
+  """What went wrong, and what to do about it."""
+  from huggingface_hub import errors
+
+  # The order matters: some are subclasses of those below.
+  if isinstance(error, errors.GatedRepoError):
+    return f"{repo} is gated. Accept its terms on its page, and set HF_TOKEN to your token."
+  if isinstance(error, errors.RepositoryNotFoundError):
+    return (
+      f"the hub shows no repository {repo}. Check the name; if it is private, set HF_TOKEN to a "
+      "token that may read it."
+    )
+  if isinstance(error, errors.LocalEntryNotFoundError):
+    return "the hub cannot be reached, and the file is not in the cache. Check your network."
+  if isinstance(error, errors.EntryNotFoundError):
+    return f"{repo} has no such file. Look at the repository's list of files."
+  what = str(error).strip().split("\n")[0][:300].rstrip(".")
+  return f"{type(error).__name__}: {what}. Check the name and your network, and try again."
