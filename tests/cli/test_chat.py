@@ -89,10 +89,10 @@ def test_ctrl_c_ends_a_pipe(model_file: Path) -> None:
 
 
 def test_at_a_terminal(model_file: Path) -> None:
-  """Ctrl-C stops an answer, an impossible message is refused, Ctrl-D leaves; the talk goes on."""
+  """Ctrl-C stops an answer, a message too long is refused, and the talk goes on; Ctrl-D leaves."""
   old = signal.signal(signal.SIGINT, signal.default_int_handler)
   ours, theirs = pty.openpty()
-  flags = ("--chat_template=chatml", "--temperature=0", "--max_tokens=8000")
+  flags = ("--chat_template=chatml", "--temperature=0", "--max_tokens=4000", "--max_context=6000")
   child = start("chat", model_file, *flags, stdin=theirs)
   signal.signal(signal.SIGINT, old)
   os.close(theirs)
@@ -100,8 +100,11 @@ def test_at_a_terminal(model_file: Path) -> None:
   os.write(ours, b"hello\n")
   begun = child.stdout.read(20)
   child.send_signal(signal.SIGINT)
-  os.write(ours, ("x" * 3000 + "\n").encode())  # With the template more than ...
-  os.write(ours, b"/exit\n")
+  # A space is three tokens here, so these are too many.
+  os.write(ours, b"/nothing\na" + b" b" * 2000 + b"\n/nothing\n\x04")
   result = finished(child)
   os.close(ours)
   assert result.code == 0 and len(begun) == 20
+  assert result.err.count("There is no /nothing.") == 2
+  assert result.err.count("tok/s") == 2  # One answer: prefill and decode.
+  assert result.err.count("q4jax: error: ") == 1 and "Traceback" not in result.err
