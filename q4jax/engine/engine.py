@@ -128,7 +128,6 @@ class Engine:
     self.model = model
     self.kv_dtype = dtypes[name]
     self.prefill_chunk = prefill_chunk
-    self._programs = {flag: Programs.of(model, logprobs=flag) for flag in (False, True)}
 
   def generate(
     self,
@@ -248,7 +247,7 @@ class Engine:
     batch = _bucket(len(ids))
     limits = [min(max_tokens, self.max_context - len(row)) for row in ids]
     slots = _bucket(max(len(r) + n for r, n in zip(ids, limits, strict=True)), least=256)
-    programs = self._programs[logprobs is not None]
+    programs = Programs.of(self.model, logprobs=logprobs is not None)
     leaves = self.model.leaves
     rows = [replace(params, seed=(params.seed + i) % 2**32) for i in range(batch)]
     arrays = SamplingArrays.of(rows)

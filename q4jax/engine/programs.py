@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +91,19 @@ class Programs:
 
   @classmethod
   def of(cls, model: Model, logprobs: bool) -> "Programs":
-    return cls(
-      prefill=model.jit(_prefill, donate_argnums=(1, 4)),
-      first=model.jit(partial(_sample, logprobs=logprobs), donate_argnums=1),
-      decode=model.jit(partial(_decode, logprobs=logprobs), donate_argnums=1),
-    )
+    """The model's programs: made once, so that all its engines share what they compile."""
+    known = _PROGRAMS.setdefault(model, {})
+    if logprobs not in known:
+      other = known.get(not logprobs)  # Its prefill is the same.
+      known[logprobs] = cls(
+        prefill=other.prefill if other else model.jit(_prefill, donate_argnums=(1, 4)),
+        first=model.jit(partial(_sample, logprobs=logprobs), donate_argnums=1),
+        decode=model.jit(partial(_decode, logprobs=logprobs), donate_argnums=1),
+      )
+    return known[logprobs]
+
+
+_PROGRAMS: WeakKeyDictionary[Model, dict[bool, Programs]] = WeakKeyDictionary()
 
 
 def _prefill(
