@@ -108,6 +108,7 @@ class _Runner:
     """A state with the test's n_depth tokens in a cache that has room for the rest."""
     slots = max(256, 1 << (test.n_depth + test.tokens - 1).bit_length())
     state = new_state(self._engine.model.config, 1, slots, self._engine.kv_dtype)
+    state = jax.device_put(state, self._device)
     if test.n_depth:
       state, _ = self._prefill(state, test.n_depth)
     return state
