@@ -19,6 +19,7 @@ from q4jax.errors import ConfigError, PromptError
 from q4jax.model.layers import Span
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
+from q4jax_kernels.attention import Cache
 
 # Tokens of a sequence that pass through the layers together; a power of two.
 _WIDTH = 256
@@ -95,7 +96,7 @@ def token_nll(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
   Nothing is added to the tokens: begin them with BOS where the model wants it.
 
   Raises:
-    PromptError: fewer than two tokens, more than the model's context, or ids outside the vocabulary.
+    PromptError: fewer than two tokens, more than the model's context, ids outside the vocabulary.
   """
   array = np.atleast_2d(np.asarray(tokens))
   limit = model.config.context_length
@@ -174,7 +175,9 @@ def _nll(module: Llama, tokens: jax.Array, first: int) -> jax.Array:
     padded = jnp.pad(x, ((0, 0), (0, steps * width - (length - 1))))
     return padded.reshape(batch, steps, width).swapaxes(0, 1)
 
-  def step(caches, window):
+  def step(
+    caches: list[Cache], window: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[list[Cache], jax.Array]:
     start, inputs, targets = window
     count = jnp.minimum(length - 1 - start, width)
     ones = jnp.ones((batch,), jnp.int32)

@@ -1,4 +1,4 @@
-"""llama.cpp through its Python binding: logits, greedy tokens, and perplexity from logits.
+"""llama.cpp through its Python binding: tokens, logits and greedy text.
 
 Needs llama-cpp-python (`make oracles` installs it). Nothing else under tests/ imports it.
 """
@@ -51,10 +51,3 @@ class LlamaCpp:
       if len(out) < count:
         self.llama.eval(out[-1:])
     return out
-
-  def nll(self, tokens: np.ndarray) -> np.ndarray:
-    """float64[T - 1]: -log p(token t + 1 | tokens to t)."""
-    logits = self.logits(tokens)[:-1].astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    chosen = np.take_along_axis(logits, tokens[1:, None].astype(np.int64), axis=-1)[:, 0]
-    return np.log(np.exp(logits).sum(-1)) - chosen

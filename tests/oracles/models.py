@@ -11,7 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-TYPES = gguf.GGMLQuantizationType
+from random_blocks import ggml_type
+
 K_MIX = "q4_k_m"  # as llama.cpp mixes: Q6_K for the head and a few more, Q4_K for the rest
 PROMPT_TOKENS = 32
 
@@ -46,8 +47,10 @@ class Spec:
     return sum(ord(c) * 31**i for i, c in enumerate(self.name)) % 2**31
 
 
+# Every block format that q4jax reads.
 _QUANTISED = (
-  "q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs".split()  # all that q4jax reads
+  *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+  *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
 )
 _LLAMA3 = (8.0, 1.0, 4.0, 64)
 
@@ -160,7 +163,7 @@ def write(spec: Spec, path: Path) -> Path:
       writer.add_tensor(name, _as_stored(spec, name, value))
     else:
       blocks = random_blocks(rng, type, value.shape, _std(value.shape))
-      writer.add_tensor(name, blocks, raw_dtype=TYPES[type.upper()])
+      writer.add_tensor(name, blocks, raw_dtype=ggml_type(type))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -171,8 +174,11 @@ def write(spec: Spec, path: Path) -> Path:
 def random_blocks(
   rng: np.random.Generator, type: str, shape: tuple[int, ...], std: float
 ) -> np.ndarray:
-  """uint8[N, row_bytes]: every bit random but for the float16 scales, which set mean 0 and `std`."""
-  kind = TYPES[type.upper()]
+  """uint8[N, row_bytes]: all bits random but the float16 scales, which set `std` and the mean.
+
+  The mean is 0 where blocks have a minimum, else what the format's range of codes makes it.
+  """
+  kind = ggml_type(type)
   size, nbytes = gguf.GGML_QUANT_SIZES[kind]
   blocks = rng.integers(0, 256, (shape[0] * shape[1] // size, nbytes), dtype=np.uint8)
   spread = rng.uniform(0.8, 1.2, len(blocks))
@@ -182,7 +188,8 @@ def random_blocks(
     for at, unit in zip(_FLOAT16_FIELDS[type], units, strict=True):
       half = (spread * unit).astype("<f2")
       blocks[:, at : at + 2] = half.view(np.uint8).reshape(-1, 2)
-    values = gguf.quants.dequantize(blocks, kind)
+    # In float64 the order of summation, which differs between machines, cannot show in a float16.
+    values = gguf.quants.dequantize(blocks, kind).astype(np.float64)
     return float(values.mean()), float(values.std())
 
   ratios = [1.0]

@@ -1,8 +1,10 @@
 """What the peers are asked, so that a live answer and a recorded one are to the same question.
 
 An answer is an array by name, kept in `tests/data/<peer>.npz`; its JSON twin says which versions
-gave it and how. Names: `small/<spec>` logits of a model of `models.py`; for a shared model (the
-file's stem), `logits/`, `top1/` and `greedy/<stem>`.
+gave it and how. Names: `small/<spec>`, logits of a model of `models.py`. Of a shared model (the
+file's stem): `top1/<stem>`, its likeliest next token at each position of `chunks`; `logits/<stem>`
+of a float model at some of them; `error/<stem>` of a quantised one, the root mean square of logits
+minus those of float64 arithmetic, over all of them; `greedy/<stem>`, its text from BOS alone.
 """
 
 from dataclasses import dataclass
@@ -27,16 +29,12 @@ class SharedModel:
   Attributes:
     stem: the file is `models/<stem>.gguf`.
     ctx, chunks: of the perplexity in the shared `golden.json`.
-    text_tokens: tokens of TEXT, BOS included, that logits are asked for.
-    top1_chunks: chunks of ctx tokens for which the likeliest next tokens are asked.
     greedy_tokens: sampled at temperature 0 from BOS alone.
   """
 
   stem: str
   ctx: int
   chunks: int
-  text_tokens: int = 200
-  top1_chunks: int = 8
   greedy_tokens: int = 255
 
   @property
@@ -55,15 +53,23 @@ SHARED = {
     *(SharedModel(f"babyllama361-{t}", 256, 80) for t in ("f32", "Q8_0", "Q5_0", "Q4_1", "Q4_0")),
   )
 }
-# Positions of the text whose logits are recorded.
-RECORDED = slice(7, None, 8)
+# Where a float model's logits are asked for: the first 200 tokens of the text.
+TEXT_TOKENS = slice(0, 200)
+# ... and which of them are recorded.
+RECORDED = slice(7, 200, 8)
+# Chunks of the text that the other questions are about.
+CHUNKS = 8
 
 
 def chunks(tokens: np.ndarray, model: SharedModel) -> np.ndarray:
-  """int32[top1_chunks, ctx]: the text's first chunks, each begun with BOS."""
-  rows = tokens[: model.top1_chunks * model.ctx].reshape(model.top1_chunks, model.ctx).copy()
+  """int32[CHUNKS, ctx]: the text's first chunks, each begun with BOS."""
+  rows = tokens[: CHUNKS * model.ctx].reshape(CHUNKS, model.ctx).copy()
   rows[:, 0] = BOS
   return rows
+
+
+def rms(x: np.ndarray) -> float:
+  return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
 # A small model whose perplexity llama-perplexity measures, on a text made here.

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from oracles import questions
+from oracles.float64_llama import Float64Llama
 from oracles.llama_cpp_peer import VERSION, LlamaCpp
 from oracles.models import SPECS, Spec, prompt, write
 from oracles.questions import DATA, SharedModel
@@ -30,17 +31,21 @@ def small_answer(spec: Spec, path: Path) -> np.ndarray:
 
 
 def shared_answers(model: SharedModel, path: Path, text: str) -> dict[str, np.ndarray]:
-  """Logits, likeliest tokens and greedy text of one shared model, with a float32 KV cache."""
+  """The answers about one shared model, with a float32 KV cache; see `questions`."""
   peer = LlamaCpp(path, model.ctx)
-  tokens = peer.encode(text)
-  rows = questions.chunks(tokens, model)
-  return {
-    f"logits/{model.stem}": peer.logits(tokens[: model.text_tokens]),
-    f"top1/{model.stem}": np.array([peer.logits(row).argmax(-1) for row in rows], np.int16),
+  rows = questions.chunks(peer.encode(text), model)
+  logits = np.stack([peer.logits(row) for row in rows])
+  answers = {
+    f"top1/{model.stem}": logits.argmax(-1).astype(np.int16),
     f"greedy/{model.stem}": np.array(
       peer.greedy(np.array([questions.BOS]), model.greedy_tokens), np.int16
     ),
   }
+  if model.is_float:
+    return answers | {f"logits/{model.stem}": logits[0, questions.TEXT_TOKENS]}
+  exact = Float64Llama(path)
+  error = questions.rms(logits - np.stack([exact.logits(row) for row in rows]))
+  return answers | {f"error/{model.stem}": np.array(error)}
 
 
 def tool_perplexity(tool: Path, model: Path, text: Path, ctx: int, chunks: int) -> dict[str, float]:
@@ -79,11 +84,12 @@ def main() -> None:
       tool, paths[spec.name], file, questions.PERPLEXITY_CTX, questions.PERPLEXITY_CHUNKS
     )
   for model in questions.SHARED.values():
-    shared = shared_answers(model, ROOT / model.file, text)
-    shared[f"logits/{model.stem}"] = shared[f"logits/{model.stem}"][questions.RECORDED]
-    answers |= shared
+    answers |= shared_answers(model, ROOT / model.file, text)
+    if model.is_float:
+      name = f"logits/{model.stem}"
+      answers[name] = answers[name][questions.RECORDED]
   DATA.mkdir(exist_ok=True)
-  np.savez_compressed(DATA / "llama_cpp.npz", **answers)
+  np.savez_compressed(DATA / "llama_cpp.npz", allow_pickle=False, **answers)
   about = {
     "peer": VERSION,
     "llama_perplexity": tool_version(tool),

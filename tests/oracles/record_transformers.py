@@ -21,7 +21,7 @@ def main() -> None:
     for spec in FLOAT_SPECS
   }
   DATA.mkdir(exist_ok=True)
-  np.savez_compressed(DATA / "transformers.npz", **answers)
+  np.savez_compressed(DATA / "transformers.npz", allow_pickle=False, **answers)
   about = {
     "peer": transformers_peer.VERSION,
     "recorded_by": "tests/oracles/record_transformers.py",

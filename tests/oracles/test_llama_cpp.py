@@ -8,9 +8,7 @@ dequantised weights, and q4jax must not be further from it than llama.cpp by mor
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +17,18 @@ import q4jax
 from oracles import questions
 from oracles.float64_llama import Float64Llama
 from oracles.models import SPECS, prompt, write
-from oracles.questions import DATA, SHARED, SharedModel
+from oracles.questions import DATA, SHARED, rms
+from q4jax.engine.engine import Completion
 from q4jax.evaluate import perplexity
 from shared_data import shared
 
+FLOATS = [stem for stem, model in SHARED.items() if model.is_float]
+QUANTISED = [stem for stem in SHARED if stem not in FLOATS]
+# How often the likeliest token is llama.cpp's. llama.cpp with a float16 KV cache agrees with itself
+# with a float32 one 98.3% to 99.3% of the time on these models, and float64 arithmetic with either
+# 98.9% to 99.6%: the models are small, so one flipped rounding moves their logits by 0.1.
+TOP1 = 0.98
 ABOUT = json.loads((DATA / "llama_cpp.json").read_text())
-Answer = Callable[[Any], Any]
 
 
 @functools.cache
@@ -48,27 +52,26 @@ def live_answers(stem: str) -> dict[str, np.ndarray]:
   return shared_answers(model, shared(model.file), shared(questions.TEXT).read_text())
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def ours(stem: str) -> q4jax.Model:
   return q4jax.load(shared(SHARED[stem].file))
 
 
 @functools.cache
 def text_tokens(stem: str) -> np.ndarray:
-  """The beginning of the text: as many tokens as the questions need."""
+  """The beginning of the text: as many tokens as any question needs."""
   text = shared(questions.TEXT).read_text()[:60_000]
   return np.array(ours(stem).tokenizer.encode(text), np.int32)
 
 
-def rms(x: np.ndarray) -> float:
-  return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+@functools.cache
+def our_logits(stem: str) -> np.ndarray:
+  """float32[CHUNKS, ctx, V] of the text's first chunks."""
+  return np.asarray(ours(stem).logits(questions.chunks(text_tokens(stem), SHARED[stem])))
 
 
-def assert_as_exact(mine: np.ndarray, theirs: np.ndarray, truth: np.ndarray) -> None:
-  """float: within rounding of llama.cpp. Quantised: errors at most a tenth above llama.cpp's."""
-  assert rms(mine - truth) <= 1.1 * rms(theirs - truth)
-  # Each flipped rounding of an activation moves all later values, so the largest error is noisy.
-  assert np.abs(mine - truth).max() <= 1.5 * np.abs(theirs - truth).max()
+def answer(name: str, live: bool) -> np.ndarray:
+  return live_answers(name.split("/")[1])[name] if live else recorded()[name]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -85,43 +88,59 @@ def test_small_models(name: str, live: bool, tmp_path: Path) -> None:
   if spec.type == "f32":
     np.testing.assert_allclose(mine, theirs, atol=2e-5)
   else:
-    assert_as_exact(mine, theirs, Float64Llama(path).logits(tokens)[questions.SMALL])
+    truth = Float64Llama(path).logits(tokens)[questions.SMALL]
+    assert rms(mine - truth) <= 1.1 * rms(theirs - truth)
 
 
-@pytest.mark.parametrize("stem", SHARED)
+@pytest.mark.parametrize("stem", FLOATS)
 def test_logits_of_a_text(stem: str, live: bool) -> None:
-  model = SHARED[stem]
-  tokens = text_tokens(stem)[: model.text_tokens]
-  at = slice(None) if live else questions.RECORDED
-  theirs = (live_answers(stem) if live else recorded())[f"logits/{stem}"]
-  mine = np.asarray(ours(stem).logits(tokens))[0, at]
-  if model.is_float:
-    np.testing.assert_allclose(mine, theirs, atol=2e-4)
-  else:
-    assert_as_exact(mine, theirs, Float64Llama(shared(model.file)).logits(tokens)[at])
+  theirs = answer(f"logits/{stem}", live)
+  at = questions.TEXT_TOKENS if live else questions.RECORDED
+  np.testing.assert_allclose(our_logits(stem)[0, at], theirs, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", QUANTISED)
+def test_error_of_quantised_activations(stem: str, live: bool) -> None:
+  rows = questions.chunks(text_tokens(stem), SHARED[stem])
+  exact = Float64Llama(shared(SHARED[stem].file))
+  truth = np.stack([exact.logits(row) for row in rows])
+  assert rms(our_logits(stem) - truth) <= 1.1 * answer(f"error/{stem}", live)
 
 
 @pytest.mark.parametrize("stem", SHARED)
 def test_likeliest_tokens(stem: str, live: bool) -> None:
-  model = SHARED[stem]
-  theirs = (live_answers(stem) if live else recorded())[f"top1/{stem}"]
-  rows = questions.chunks(text_tokens(stem), model)
-  mine = np.asarray(ours(stem).logits(rows)).argmax(-1)
-  assert np.mean(mine == theirs) >= (1.0 if model.is_float else 0.99)
+  agreement = np.mean(our_logits(stem).argmax(-1) == answer(f"top1/{stem}", live))
+  assert agreement >= (1.0 if SHARED[stem].is_float else TOP1)
 
 
-@pytest.mark.parametrize("stem", SHARED)
+@pytest.mark.parametrize("stem", FLOATS)
 def test_greedy_text(stem: str, live: bool) -> None:
-  model = SHARED[stem]
-  theirs = (live_answers(stem) if live else recorded())[f"greedy/{stem}"].tolist()
-  engine = q4jax.Engine(ours(stem), kv_dtype="f32")
-  mine = engine.generate([questions.BOS], max_tokens=model.greedy_tokens, temperature=0).tokens
-  assert mine == theirs[: len(mine)]
+  theirs = answer(f"greedy/{stem}", live).tolist()
+  completion = greedy(stem)
+  assert completion.tokens == theirs[: len(completion.tokens)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", QUANTISED)
+def test_greedy_text_of_quantised_models(stem: str) -> None:
+  """The same text, or one that parts from llama.cpp's where two tokens are all but equal."""
+  mine, theirs = greedy(stem).tokens, answer(f"greedy/{stem}", live=False).tolist()
+  parting = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+  if parting is not None:
+    exact = Float64Llama(shared(SHARED[stem].file))
+    logits = exact.logits(np.array([questions.BOS, *mine[:parting]]))[-1]
+    assert abs(logits[mine[parting]] - logits[theirs[parting]]) <= 0.2
+
+
+@functools.cache
+def greedy(stem: str) -> Completion:
+  engine = q4jax.Engine(ours(stem))
+  return engine.generate([questions.BOS], max_tokens=SHARED[stem].greedy_tokens, temperature=0)
 
 
 def test_greedy_text_is_the_known_story() -> None:
-  completion = q4jax.Engine(ours("stories260K-f32")).generate([1], max_tokens=256, temperature=0)
-  assert completion.text.startswith(
+  assert greedy("stories260K-f32").text.startswith(
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
   )
 
