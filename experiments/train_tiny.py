@@ -34,14 +34,13 @@ import optax
 import optax.contrib
 from absl import app, flags
 
-from q4jax_kernels.attention import causal_attention
-
 from experiments.tiny import checkpoint
 from q4jax.config import LlamaConfig
 from q4jax.model.layers import Attention as AttentionLayer
 from q4jax.model.layers import project
 from q4jax.model.llama import Llama, random_params
 from q4jax.model.rope import cos_sin, rotate
+from q4jax_kernels.attention import causal_attention
 
 Params = dict[str, jax.Array]
 Attention = Literal["xla", "cudnn"]  # Implementations of jax.nn.dot_product_attention.
@@ -227,7 +226,7 @@ def _matrices(params: Params) -> Any:
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-  """Muon for the matrices of the layers, Adam for the embedding and norms, before the learning rate.
+  """Muon for the layers' matrices, Adam for the embedding and norms, before the learning rate.
 
   Muon (Jordan et al. 2024) steps along the gradient's orthogonal factor; its updates are scaled to
   the root mean square of Adam's, 0.2 (arXiv 2502.16982), so that one learning rate serves both.

@@ -27,7 +27,6 @@ _OUT = flags.DEFINE_string("out", "runs/tiny", "Folder to write to.")
 
 MAX_BYTES = 8_000_000
 Array = NDArray[Any]
-_TYPES = gguf.GGMLQuantizationType
 
 
 def interleave(rows: Array, head_dim: int) -> Array:
@@ -80,7 +79,7 @@ def export(
     elif quantized:
       format = q4_k_m_format(name, config.num_layers)
       blocks = kquants.quantize(value.astype(np.float32), format)
-      writer.add_tensor(name, blocks, raw_dtype=_TYPES[format.upper()])
+      writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[format.upper()])
     else:
       writer.add_tensor(name, value.astype(np.float16))
   writer.write_header_to_file()

@@ -26,6 +26,9 @@ TOY = train_tiny.Config(
   vocab_size=64,
   context=16,
   batch=4,
+  short_context=16,
+  short_part=0.0,
+  dtype="float32",
   warmup=2,
   eval_every=2,
   steps_per_call=2,
@@ -100,6 +103,7 @@ def test_one_step_is_adamw():
       mask={name: "norm" not in name for name in params},
     ),
   )
+  params_before = {name: np.asarray(p) for name, p in params.items()}
   updates, _ = oracle.update(grads, oracle.init(params), params)
   expected = jax.tree.map(np.asarray, optax.apply_updates(params, updates))
   train = train_tiny.make_train(config, jnp.dtype(jnp.float32), "xla")
@@ -109,8 +113,28 @@ def test_one_step_is_adamw():
   size = math.sqrt(sum(float(np.square(g).sum()) for g in jax.tree.leaves(grads)))
   np.testing.assert_allclose(norm, size, rtol=1e-4)
   for name, want in expected.items():
-    # Adam divides a gradient by its size: where that is near 0, rounding decides.
-    assert np.mean(np.abs(new[name] - want) < 1e-5) > 0.99, name
+    if name.startswith("blk.") and params_before[name].ndim == 2:
+      _check_muon(params_before[name], grads[name], np.asarray(new[name]), config)
+    else:
+      # Adam divides a gradient by its size: where that is near 0, rounding decides.
+      assert np.mean(np.abs(new[name] - want) < 1e-5) > 0.99, name
+
+
+def _check_muon(before, gradient, after, config):
+  """The step lies along U V^T of the gradient's singular value decomposition."""
+  rate = float(train_tiny.learning_rate(np.float32(0), np.float32(10), config))
+  step = (before * (1 - rate * config.weight_decay) - after) / rate
+  u, s, vt = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+  kept = s > 0.05 * s[0]  # Five Newton-Schulz steps leave the smallest behind.
+  scaled = (u.T @ step @ vt.T).diagonal()[kept] / (0.2 * max(before.shape) ** 0.5)
+  assert ((scaled > 0.5) & (scaled < 1.4)).all(), scaled
+
+
+def test_short_windows_come_first(toy, capsys):
+  toy = dataclasses.replace(toy, steps=12, short_context=4, short_part=0.5)
+  record = train_tiny.run(toy)
+  assert record["step"] == 12 and record["tokens"] == 12 * 64
+  assert np.isfinite(record["validation"])
 
 
 def test_learning_rate_rises_and_falls_to_zero():
