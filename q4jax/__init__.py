@@ -1,7 +1,7 @@
 """q4jax: Llama models with int4 weights and a compressed KV cache, in JAX."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from q4jax.errors import (
   ChatTemplateError,
@@ -14,6 +14,12 @@ from q4jax.errors import (
   TokenizerError,
 )
 
+if TYPE_CHECKING:
+  from q4jax.config import LlamaConfig
+  from q4jax.engine import Engine, SamplingParams
+  from q4jax.loading import load
+  from q4jax.model.model import Model
+
 __version__ = "0.1.0"
 
 # Imported on first use: `q4jax --help` and errors need not wait for JAX.
@@ -22,25 +28,27 @@ _LAZY = {
   "LlamaConfig": "q4jax.config",
   "Model": "q4jax.model.model",
   "SamplingParams": "q4jax.engine",
-  "load": "q4jax.load",
+  "load": "q4jax.loading",
 }
 
 __all__ = [
   "ChatTemplateError",
   "ConfigError",
   "DownloadError",
+  "Engine",
   "FormatError",
+  "LlamaConfig",
   "MissingDependencyError",
+  "Model",
   "PromptError",
   "Q4JaxError",
+  "SamplingParams",
   "TokenizerError",
-  *_LAZY,
+  "load",
 ]
 
 
 def __getattr__(name: str) -> Any:
   if name not in _LAZY:
     raise AttributeError(f"module 'q4jax' has no attribute '{name}'")
-  value = getattr(importlib.import_module(_LAZY[name]), name)
-  globals()[name] = value  # Also replaces the submodule `q4jax.load` by its function.
-  return value
+  return getattr(importlib.import_module(_LAZY[name]), name)

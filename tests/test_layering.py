@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 TOP = {".ci", "colab", "docs", "experiments", "kernels", "launch", "q4jax", "tests"}
 ABOVE = {"experiments", "launch", "colab", "tests"}
-DOORS = {"q4jax.load", "q4jax.cli", "q4jax.serve"}
+DOORS = {"q4jax.loading", "q4jax.cli", "q4jax.serve"}
 # What the files of a folder may not import: these modules, or anything inside them.
 FORBIDDEN = {
   "kernels": {"flax", "q4jax", *ABOVE},
@@ -85,10 +85,10 @@ def test_imports_point_down() -> None:
     ("kernels/q4jax_kernels/dispatch.py", "import q4jax.errors"),
     ("kernels/q4jax_kernels/dispatch.py", "from q4jax import errors"),
     ("kernels/q4jax_kernels/dispatch.py", "def f():\n  import q4jax"),
-    ("q4jax/load.py", "from experiments.train import run"),
-    ("q4jax/load.py", "try:\n  import torch\nexcept ImportError:\n  pass"),
-    ("q4jax/load.py", "import scipy.linalg"),
-    ("q4jax/load.py", "def f():\n  import gguf"),
+    ("q4jax/loading.py", "from experiments.train import run"),
+    ("q4jax/loading.py", "try:\n  import torch\nexcept ImportError:\n  pass"),
+    ("q4jax/loading.py", "import scipy.linalg"),
+    ("q4jax/loading.py", "def f():\n  import gguf"),
     ("q4jax/model/llama.py", "from ..formats import gguf"),
     ("q4jax/model/llama.py", "from q4jax.formats.gguf import GGUFFile"),
     ("q4jax/formats/gguf.py", "from q4jax import model"),
@@ -103,8 +103,8 @@ def test_finds(file: str, source: str) -> None:
   ("file", "source"),
   [
     ("kernels/q4jax_kernels/dispatch.py", "import jax\nimport os\nfrom q4jax_kernels import ffi"),
-    ("q4jax/load.py", "from q4jax.formats import gguf\nfrom q4jax.model import llama"),
-    ("q4jax/load.py", "def f():\n  import torch"),
+    ("q4jax/loading.py", "from q4jax.formats import gguf\nfrom q4jax.model import llama"),
+    ("q4jax/loading.py", "def f():\n  import torch"),
     ("q4jax/model/llama.py", "from .layers import Attention"),
   ],
 )

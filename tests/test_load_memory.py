@@ -18,7 +18,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import jax
-from q4jax.load import load
+from q4jax.loading import load
 
 def memory(field):
   return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024

@@ -108,7 +108,7 @@ def load_model(
   A bar on stderr shows how far it is, where someone is watching.
   """
   cpus.limit_threads(flags.threads)
-  from q4jax.load import load
+  from q4jax.loading import load
 
   begin = time.perf_counter()
   with bar(f"loading {name}") if watched(flags) else nullcontext() as advance:

@@ -12,7 +12,7 @@ from q4jax.engine import Engine
 from q4jax.engine import bench as engine_bench
 from q4jax.engine.bench import Test as Spec
 from q4jax.errors import ConfigError
-from q4jax.load import load
+from q4jax.loading import load
 
 from .conftest import CONTEXT, Run
 

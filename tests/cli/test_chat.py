@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from q4jax.engine import Completion, Engine
-from q4jax.load import load
+from q4jax.loading import load
 from q4jax.text.chat import ChatTemplate, encode_chat
 
 from .conftest import Result, Run, finished, start

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from q4jax.engine import Completion, Engine
-from q4jax.load import load
+from q4jax.loading import load
 from shared_data import shared
 
 from .conftest import CONTEXT, Result, Run, finished, start

@@ -88,7 +88,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
   # The good file comes first: it pays for the imports, and shows that the loader works.
   control = root / "good.gguf"
   control.write_bytes(good().encode())
-  found = outcomes("q4jax.load:load", [control, *paths.values()], timeout=300)
+  found = outcomes("q4jax.loading:load", [control, *paths.values()], timeout=300)
   assert not found[0].error, found[0].message
   return dict(zip(paths, found[1:], strict=True))
 

@@ -54,7 +54,7 @@ def _pick(x: jax.Array, ws: Sequence[BlockArray], name: str | None) -> list[jax.
 
 
 def _best(x: jax.Array, ws: Sequence[BlockArray]) -> list[jax.Array]:
-  # The x16 layout is made only for CPUs that have the library (load.py), so it decides.
+  # The x16 layout is made only for CPUs that have the library, when loading, so it decides.
   return cpu.int4_matmul(x, ws) if cpu.supports(ws) else xla.int4_matmul(x, ws)
 
 

@@ -1,8 +1,6 @@
 """`q4jax.load`: from a model's name to a model in memory, its weights still quantised."""
 
 import re
-import sys
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -194,12 +192,3 @@ def aligned_empty(shape: tuple[int, ...], alignment: int = 64) -> np.ndarray:
   raw = np.empty(size + alignment, np.uint8)
   offset = -raw.ctypes.data % alignment
   return raw[offset : offset + size].reshape(shape)
-
-
-class _CallableModule(types.ModuleType):
-  """An import of this module makes it what `q4jax.load` means: a call must load all the same."""
-
-  __call__ = staticmethod(load)
-
-
-sys.modules[__name__].__class__ = _CallableModule
