@@ -49,7 +49,7 @@ def _float_matmul(x: jax.Array, w: Weight, dtype: DTypeLike) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mixed_matmul(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-  """x [..., K] times the transpose of w [N, K], operands in `dtype`, float32 accumulation and result.
+  """x [..., K] times the transpose of w [N, K]: operands in `dtype`, float32 sums and result.
 
   The gradient's products take their operands in `dtype` too; JAX's own rule would multiply the
   float32 cotangent with them, which no matrix unit does.

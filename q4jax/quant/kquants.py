@@ -88,8 +88,8 @@ def _check_finite(x: Floats, first_row: int, format: str) -> None:
   if len(bad):
     row, column = bad[0]
     raise ConfigError(
-      f"{format}: weight [{first_row + row}, {column}] is {x[row, column]}; only finite weights can "
-      "be quantised. Check the checkpoint that they come from."
+      f"{format}: weight [{first_row + row}, {column}] is {x[row, column]}; only finite weights "
+      "can be quantised. Check the checkpoint that they come from."
     )
 
 

@@ -5,6 +5,7 @@ rotates the file's interleaved rows as they are.
 """
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -34,7 +35,7 @@ class Float64Llama:
     head = self.w.get("output.weight", self.w["token_embd.weight"])
     return self._norm(x, "output_norm") @ head.T
 
-  def _get(self, key: str, default=None):
+  def _get(self, key: str, default: Any = None) -> Any:
     return self.fields.get(f"{self.arch}.{key}", default)
 
   def _norm(self, x: np.ndarray, name: str) -> np.ndarray:

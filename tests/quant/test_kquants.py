@@ -1,4 +1,4 @@
-"""Our GGUF quantisers against gguf-py's (bit for bit), llama.cpp's errors, and exhaustive search."""
+"""Our GGUF quantisers against gguf-py's (bit for bit), llama.cpp's errors, exhaustive search."""
 
 import gguf
 import numpy as np
