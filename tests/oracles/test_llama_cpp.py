@@ -136,7 +136,9 @@ def test_greedy_text_of_quantised_models(stem: str) -> None:
 @functools.cache
 def greedy(stem: str) -> Completion:
   engine = q4jax.Engine(ours(stem))
-  return engine.generate([questions.BOS], max_tokens=SHARED[stem].greedy_tokens, temperature=0)
+  found = engine.generate([questions.BOS], max_tokens=SHARED[stem].greedy_tokens, temperature=0)
+  assert isinstance(found, Completion)
+  return found
 
 
 def test_greedy_text_is_the_known_story() -> None:
