@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from q4jax.engine import Engine
 from q4jax.engine import bench as engine_bench
 from q4jax.engine.bench import Test as Spec
+from q4jax.engine.programs import State
 from q4jax.errors import ConfigError
 from q4jax.loading import load
 
@@ -72,7 +74,7 @@ def test_nothing_compiles_while_the_clock_runs(
   for name in ("prompt", "generate"):
     plain = getattr(engine_bench._Runner, name)
 
-    def spied(self, test, state, plain=plain):
+    def spied(self: Any, test: Spec, state: State, plain: Any = plain) -> tuple[float, State]:
       repetitions.append([])
       seconds, state = plain(self, test, state)
       # The test began behind its depth, which the cache holds. (Some tokens have keys of zeros.)
