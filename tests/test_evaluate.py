@@ -3,6 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,7 +97,7 @@ def test_one_program_serves_all_calls(model: q4jax.Model, monkeypatch: pytest.Mo
   traced = []
   window_nll = evaluate._window_nll
 
-  def spy(*args):
+  def spy(*args: Any) -> jax.Array:
     traced.append(args)
     return window_nll(*args)
 
@@ -114,7 +115,7 @@ def test_logits_never_exist_at_once(
   limit = 16 * SPEC.vocab * 4
   monkeypatch.setattr(evaluate, "_LOGITS_BYTES", limit)
   tokens = prompt(SPEC, 130)
-  program = model.jit(evaluate._nll, static_argnums=2)
+  program: Any = model.jit(evaluate._nll, static_argnums=2)
   lowered = program.lower(model.leaves, jax.numpy.asarray(tokens[None]), 0)
   assert f"x{SPEC.vocab}xf32" in lowered.as_text()
   widths = {
