@@ -16,11 +16,7 @@ inline F LoadCache(const void* base, int64_t i) {
 
 template <bool half>
 inline float LoadCacheOne(const void* base, int64_t i) {
-  if (!half) return ((const float*)base)[i];
-  uint16_t lanes[16] = {((const uint16_t*)base)[i]};
-  float out[16];
-  Simd::Store(out, Simd::LoadHalf(lanes));
-  return out[0];
+  return half ? Simd::HalfOne(((const uint16_t*)base)[i]) : ((const float*)base)[i];
 }
 
 // exp(x) for x <= 0, relative error < 2e-7: 2^n * p(r), Cephes' polynomial for expf.

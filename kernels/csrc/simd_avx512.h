@@ -21,6 +21,7 @@ struct Simd {
   static F Mul(F x, F y) { return _mm512_mul_ps(x, y); }
   static F Fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
   static F LoadHalf(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static float HalfOne(uint16_t h) { return _cvtsh_ss(h); }
   static void StoreHalf(uint16_t* p, F x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }

@@ -64,6 +64,7 @@ struct Simd {
     for (int i = 0; i < 16; i++) r[i] = HalfToFloat(h[i]);
     return r;
   }
+  static float HalfOne(uint16_t h) { return HalfToFloat(h); }
   static __attribute__((noinline)) void StoreHalf(uint16_t* p, F a) { for (int i = 0; i < 16; i++) p[i] = FloatToHalf(a[i]); }
   static F LoadBf16(const void* p) {
     const I bits = LoadU16(p) << 16;

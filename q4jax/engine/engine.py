@@ -121,8 +121,8 @@ class Engine:
     if prefill_chunk < 1 or prefill_chunk & (prefill_chunk - 1):
       raise ConfigError(f"prefill_chunk is {prefill_chunk}; expected a power of two.")
     dtypes = {"f16": jnp.float16, "bf16": jnp.bfloat16, "f32": jnp.float32}
-    on_cpu = next(iter(model.leaves[0].devices())).platform == "cpu"
-    name = kv_dtype or ("f16" if on_cpu else "bf16")
+    self._device = next(iter(model.leaves[0].devices()))
+    name = kv_dtype or ("f16" if self._device.platform == "cpu" else "bf16")
     if name not in dtypes:
       raise ConfigError(f"kv_dtype is '{name}'; expected one of {', '.join(dtypes)}.")
     self.model = model
@@ -286,8 +286,14 @@ class Engine:
   ) -> tuple[State, jax.Array]:
     """Runs all prompts through, in chunks; returns the state and each prompt's last hidden."""
     config = self.model.config
-    state = new_state(config, batch, slots, self.kv_dtype)
-    hidden = jnp.zeros((batch, config.d_model), jnp.float32)
+    # Placed where the programs' results will be: else the second call would compile again.
+    state, hidden = jax.device_put(
+      (
+        new_state(config, batch, slots, self.kv_dtype),
+        jnp.zeros((batch, config.d_model), jnp.float32),
+      ),
+      self._device,
+    )
     longest = max(map(len, ids))
     for begin in range(0, longest, self.prefill_chunk):
       width = min(self.prefill_chunk, _bucket(longest - begin, least=16))

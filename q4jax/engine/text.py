@@ -11,7 +11,8 @@ class TextAssembler:
   """
 
   def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-    self._stream = tokenizer.stream()
+    # The text goes on from the prompt's: a space that begins it is the model's own.
+    self._stream = tokenizer.stream(continues=True)
     self._stops = stops
     self._held = ""
     self.stopped = False

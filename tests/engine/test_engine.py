@@ -104,6 +104,12 @@ def test_nothing_compiles_between_prompts_and_settings_that_share_a_bucket(model
   assert {f: getattr(programs, f)._cache_size() for f in sizes} == sizes
 
 
+def test_a_prompt_of_several_chunks_compiles_one_prefill(model: Model) -> None:
+  fresh = Model(model.module, model.tokenizer, {}, "fresh")
+  one(Engine(fresh, prefill_chunk=16), PROMPT[:32], max_tokens=3)
+  assert Programs.of(fresh, logprobs=False).prefill._cache_size() == 1
+
+
 def test_decoding_updates_the_cache_in_place(model: Model) -> None:
   programs = Programs.of(model, logprobs=False)
   params = SamplingArrays.of([SamplingParams(0.0)])
@@ -132,7 +138,7 @@ def test_streaming_says_what_generate_says(engine: Engine) -> None:
     assert [c.finish_reason for c in mine][:-1] == [None] * (len(mine) - 1)
     assert mine[-1].finish_reason == completion.finish_reason
     # Random bytes: every chunk is whole characters all the same.
-    assert completion.text == engine.model.tokenizer.decode(completion.tokens)
+    assert completion.text == engine.model.tokenizer.decode(completion.tokens, continues=True)
   assert timing.prompt_tokens == 42
   assert timing.decoded_tokens == sum(len(c.tokens) - 1 for c in whole)
   assert timing.first_token_s > 0
@@ -168,7 +174,7 @@ def test_a_stop_token_ends_its_row_and_no_other(model: Model) -> None:
   got = many(Engine(stopping), [PROMPT, PROMPT[:5]], max_tokens=12, temperature=0)
   assert got[0].tokens == free[0].tokens[: at + 1]
   assert got[0].finish_reason == "stop"
-  assert got[0].text == engine.model.tokenizer.decode(free[0].tokens[:at])
+  assert got[0].text == engine.model.tokenizer.decode(free[0].tokens[:at], continues=True)
   other = free[1].tokens
   assert got[1].tokens == (other[: other.index(ends) + 1] if ends in other else other)
 
