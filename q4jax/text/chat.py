@@ -5,9 +5,11 @@ decides what is structure and what is not; `encode_chat` sees to it that the tex
 becomes a control token, whatever it contains.
 """
 
+import collections
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -21,8 +23,8 @@ from q4jax.errors import ChatTemplateError
 from q4jax.text.chat_templates import BUILT_IN
 from q4jax.text.tokenizer import Tokenizer
 
-TIME_LIMIT_S = 2.0  # for one rendering
-_START_LIMIT_S = 60.0  # for the worker to start, on a busy machine
+TIME_LIMIT_S = 2.0  # of a processor, for one rendering
+_WAIT_LIMIT_S = 60.0  # for an answer, however busy the machine is
 _MAX_REQUEST_BYTES = 16 << 20
 _WORKER = Path(__file__).with_name("chat_worker.py")
 # What Python needs to find its packages, and the time zone; no secrets that a template could take.
@@ -113,19 +115,17 @@ class ChatTemplate:
       try:
         if self._worker is None:
           self._worker = _Worker(self.source)
-        answer: dict[str, str] = json.loads(self._worker.ask(request, TIME_LIMIT_S))
+        answer: dict[str, str] = json.loads(self._worker.ask(request))
         return answer
-      except TimeoutError:
-        self._end_worker()
-        return {"error": f"it ran for more than {TIME_LIMIT_S:g} seconds"}
-      except (OSError, EOFError, ValueError):
-        self._end_worker()
-        return {"error": "its process ended, perhaps for want of memory"}
+      except (OSError, EOFError, ValueError) as e:
+        status = self._end_worker()
+        if status == -signal.SIGPROF or isinstance(e, TimeoutError):
+          return {"error": f"it ran for more than {TIME_LIMIT_S:g} seconds"}
+        return {"error": f"its process ended with status {status}, perhaps for want of memory"}
 
-  def _end_worker(self) -> None:
-    if self._worker is not None:
-      self._worker.stop()
-      self._worker = None
+  def _end_worker(self) -> int | None:
+    worker, self._worker = self._worker, None
+    return worker.stop() if worker is not None else None
 
 
 def encode_chat(
@@ -148,22 +148,26 @@ def encode_chat(
   Raises:
     ChatTemplateError: see `ChatTemplate.render`.
   """
-  used = set(json.dumps([messages, extra], ensure_ascii=False, default=str)) | set(template.source)
-  free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-  stand_ins: dict[str, str] = {}
+  try:
+    used = set(json.dumps([messages, extra], ensure_ascii=False)) | set(template.source)
+    private = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    stand_ins: dict[str, str] = collections.defaultdict(lambda: next(private))
 
-  def guard(value: Any) -> Any:
-    if isinstance(value, str):
-      chars = list(value)
-      for at in tokenizer.control_positions(value):
-        chars[at] = stand_ins.get(value[at]) or stand_ins.setdefault(value[at], next(free))
-      return "".join(chars)
-    if isinstance(value, Mapping):
-      return {guard(key): guard(item) for key, item in value.items()}
-    return [guard(item) for item in value] if isinstance(value, list | tuple) else value
+    def guard(value: Any) -> Any:
+      if isinstance(value, str):
+        chars = list(value)
+        for at in tokenizer.control_positions(value):
+          chars[at] = stand_ins[value[at]]
+        return "".join(chars)
+      if isinstance(value, Mapping):
+        return {guard(key): guard(item) for key, item in value.items()}
+      return [guard(item) for item in value] if isinstance(value, list | tuple) else value
 
-  text = template.render(guard(messages), add_generation_prompt, **guard(extra))
-  back = str.maketrans({private: char for char, private in stand_ins.items()})
+    messages, extra = guard(messages), guard(extra)
+  except (TypeError, ValueError, RecursionError) as e:
+    raise ChatTemplateError(f"The messages hold what JSON cannot: {e}.") from e
+  text = template.render(messages, add_generation_prompt, **extra)
+  back = str.maketrans({stand_in: char for char, stand_in in stand_ins.items()})
   parts = tokenizer.split(text, parse_special=True)
   plain = [part if isinstance(part, int) else part.translate(back) for part in parts]
   return tokenizer.encode_parts(plain, add_bos=True, add_eos=False)
@@ -196,19 +200,19 @@ class _Worker:
     )
     self.stop = weakref.finalize(self, _stop, self._process)
     try:
-      self._read_line(_START_LIMIT_S)
+      self._read_line()
     except (TimeoutError, EOFError) as e:
       self.stop()
       raise ChatTemplateError(
         f"The process that renders chat templates did not start; see what "
         f"`{sys.executable} -P {_WORKER}` says."
       ) from e
-    self._write(json.dumps({"source": source}).encode())
+    self._write(json.dumps({"source": source, "seconds": TIME_LIMIT_S}).encode())
 
-  def ask(self, request: bytes, seconds: float) -> bytes:
+  def ask(self, request: bytes) -> bytes:
     """The answer to a request; TimeoutError, OSError or EOFError if none comes."""
     self._write(request)
-    return self._read_line(seconds)
+    return self._read_line()
 
   def _write(self, line: bytes) -> None:
     assert self._process.stdin is not None
@@ -216,9 +220,9 @@ class _Worker:
     while view:
       view = view[self._process.stdin.write(view) :]
 
-  def _read_line(self, seconds: float) -> bytes:
+  def _read_line(self) -> bytes:
     assert self._process.stdout is not None
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _WAIT_LIMIT_S
     line = bytearray()
     with selectors.DefaultSelector() as selector:
       selector.register(self._process.stdout, selectors.EVENT_READ)
@@ -232,9 +236,9 @@ class _Worker:
     return bytes(line)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "subprocess.Popen[bytes]") -> int:
   process.kill()
-  process.wait()
   for pipe in (process.stdin, process.stdout):
     if pipe is not None:
       pipe.close()
+  return process.wait()

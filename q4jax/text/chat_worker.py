@@ -1,15 +1,17 @@
 """Renders a chat template in a process that may use little memory and open no file.
 
 `chat.ChatTemplate` runs this file as a script. A chat template is a program from a stranger, and
-Jinja's sandbox limits what it may touch, not how long it runs or how much it allocates. The parent
-holds the clock; this side holds memory and output. Lines of JSON, each answered by one: first
-{"source"}, the template; then {"variables"}, answered by {"text"} or {"error"}.
+Jinja's sandbox limits what it may touch, not how long it runs or how much it allocates: this does.
+Lines of JSON come in: first {"source", "seconds"}, the template and the processor time it may
+take; then {"variables"}, each answered by {"text"} or {"error"}. SIGPROF ends the process when time
+is up.
 """
 
 import contextlib
 import datetime
 import json
 import resource
+import signal
 import sys
 from typing import Any
 
@@ -98,20 +100,19 @@ def main() -> None:
   _warm_up()
   _limit()
   print("ready", flush=True)
-  source: str | None = None
+  job = json.loads(sys.stdin.buffer.readline())
   template: jinja2.Template | None = None
   for line in sys.stdin.buffer:
+    signal.setitimer(signal.ITIMER_PROF, job["seconds"])
     try:
       request = json.loads(line)
-      if source is None:
-        source = request["source"]
-        continue
-      template = template or compile_template(source)
+      template = template or compile_template(job["source"])
       answer = {"text": render(template, request["variables"], len(line) + OUTPUT_CHARS)}
     except MemoryError:
       answer = {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
     except Exception as e:  # Whatever a template does wrong is an answer, not a crash.
       answer = {"error": f"{type(e).__name__}: {e}"[:_MESSAGE_CHARS].rstrip(".")}
+    signal.setitimer(signal.ITIMER_PROF, 0)
     print(json.dumps(answer), flush=True)
 
 

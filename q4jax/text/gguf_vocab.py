@@ -163,7 +163,7 @@ def _texts(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _kinds(metadata: Mapping[str, Any], texts: list[str], byte_level: bool) -> list[Kind]:
-  """Every token's kind. An empty token is unused, and what ends a turn is for control."""
+  """Every token's kind; what ends a turn is for control, whatever the file says."""
   numbers = _numbers(metadata, "token_type", len(texts), int)
   kinds = []
   for id, (text, number) in enumerate(zip(texts, numbers, strict=True)):
@@ -175,11 +175,7 @@ def _kinds(metadata: Mapping[str, Any], texts: list[str], byte_level: bool) -> l
         f"{_PREFIX}tokens[{id}] is {text[:80]!r} and of type 6 (a byte); expected '<0x00>' to "
         f"'<0xFF>' in a 'llama' vocabulary. {_HELP}"
       )
-    if not text:
-      kind = Kind.UNUSED
-    elif text in ENDS:
-      kind = Kind.CONTROL
-    kinds.append(kind)
+    kinds.append(Kind.CONTROL if text in ENDS else kind)
   return kinds
 
 

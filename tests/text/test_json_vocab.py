@@ -169,6 +169,11 @@ def test_tokenizer_config(tmp_path: Path) -> None:
   assert Tokenizer.from_tokenizer_json(path).chat_template == "{{ newer }}"
 
 
+def test_bos_is_the_token_that_the_file_adds(tmp_path: Path) -> None:
+  tokenizer = Tokenizer.from_tokenizer_json(save(tmp_path, llama2_json(), bos_token="</s>"))
+  assert tokenizer.bos_id == tokenizer.piece_to_id("<s>") == tokenizer.encode("ab")[0]
+
+
 def test_without_config_or_post_processor(tmp_path: Path) -> None:
   tokenizer = Tokenizer.from_tokenizer_json(
     save(tmp_path, llama2_json() | {"post_processor": None})

@@ -186,6 +186,7 @@ def bpe(**changes: Any) -> Tokenizer:
 
 
 SPM, BPE = spm(), bpe()
+SPM_KINDS = spm_metadata()[PREFIX + "token_type"]
 
 
 # --- Against others. ---
@@ -420,6 +421,7 @@ def test_special_tokens_are_read_on_request() -> None:
   assert BPE.decode(ids) == "thethe"
   assert BPE.decode(ids, skip_special=False) == "the<|eot_id|>the<|bos|>"
   assert BPE.split("a<|eot_id|><|bos|>b", parse_special=True) == ["a", 1, 0, "b"]
+  assert BPE.split("<<|eot_id|>", parse_special=True) == ["<", 1]
 
 
 def test_user_defined_tokens_are_always_whole() -> None:
@@ -449,6 +451,10 @@ def test_bos_and_eos() -> None:
   assert bpe(pre="llama-bpe").encode("the")[0] == 0  # Llama 3 files may leave the key out
   assert bpe(pre="llama-bpe", add_bos_token=False).encode("the")[0] != 0
   assert SPM.encode("<s>a", parse_special=True).count(1) == 1
+  silent = {"bos_token_id": None, "eos_token_id": None, "unknown_token_id": None}
+  assert (spm(**silent).bos_id, spm(**silent).eos_id) == (1, 2)  # the format's defaults
+  with pytest.raises(TokenizerError, match="bos_token_id is missing"):
+    spm(**silent, token_type=np.where(SPM_KINDS == 3, 1, SPM_KINDS))
 
 
 def test_stop_ids() -> None:
@@ -459,7 +465,9 @@ def test_stop_ids() -> None:
   kinds = bpe_metadata()[PREFIX + "token_type"]
   kinds[1] = 1  # declared as plain text, as some converters do
   tokenizer = bpe(token_type=kinds)
-  assert 1 in tokenizer.stop_ids and 1 not in tokenizer.encode("<|eot_id|>")
+  assert 1 in tokenizer.stop_ids
+  assert tokenizer.encode("<|eot_id|>", parse_special=True) == [1]
+  assert tokenizer.decode([1]) == ""
   assert llama3().stop_ids == {128001, 128009}
 
 
