@@ -5,57 +5,57 @@ import pytest
 from q4jax.text.pretokenizers import PRE_TOKENIZERS
 
 TEXT = (
-  "I'LL IT'S he'D we'll 'tis 1234567 3.14 Ünï e\u0301 工作12"
+  "I'LLx IT'Sx he'Dx I'Mx u'REx u'VEx n'Tx we'll 'tis 1234567 3.14 Ünï e\u0301 工作12"
   "  \n\n x=[a_b]+$`c`~\r\n\tABcDEf don't/é!!\n  /z ¿Qué?\u3000²\n "
 )
 # Words of TEXT, by llama.cpp as vendored in llama-cpp-python 0.3.36: it encoded TEXT with a
 # vocabulary in which every word of up to 14 bytes is a token and every pair of tokens merges.
 WORDS = {
   "default": (
-    "I|'|LL| IT|'|S| he|'|D| we|'|ll| |'|tis| |123|456|7| |3|.|14| Ünï| e|\u0301| 工作|"
-    "12|  \n\n| x|=[|a|_|b|]+$|`|c|`|~|\r\n|\t|ABcDEf| don|'|t|/|é|!!|\n  |/|z| |¿|Qué|"
-    "?|\u3000|²|\n "
+    "I|'|LLx| IT|'|Sx| he|'|Dx| I|'|Mx| u|'|REx| u|'|VEx| n|'|Tx| we|'|ll| |'|tis| |"
+    "123|456|7| |3|.|14| Ünï| e|\u0301| 工作|12|  \n\n| x|=[|a|_|b|]+$|`|c|`|~|\r\n|\t|"
+    "ABcDEf| don|'|t|/|é|!!|\n  |/|z| |¿|Qué|?|\u3000|²|\n "
   ),
   "llama-bpe": (
-    "I|'LL| IT|'S| he|'D| we|'ll| '|tis| |123|456|7| |3|.|14| Ünï| e|\u0301| 工作|12|"
-    "  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|\tABcDEf| don|'t|/é|!!\n| | /|z| ¿|Qué|?|\u3000|²|"
-    "\n| "
+    "I|'LL|x| IT|'S|x| he|'D|x| I|'M|x| u|'RE|x| u|'VE|x| n|'T|x| we|'ll| '|tis| |123|"
+    "456|7| |3|.|14| Ünï| e|\u0301| 工作|12|  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|\tABcDEf|"
+    " don|'t|/é|!!\n| | /|z| ¿|Qué|?|\u3000|²|\n| "
   ),
   "qwen2": (
-    "I|'LL| IT|'S| he|'D| we|'ll| '|tis| |1|2|3|4|5|6|7| |3|.|1|4| Ünï| e|\u0301| 工作|1|"
-    "2|  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|\tABcDEf| don|'t|/é|!!\n| | /|z| ¿|Qué|?|\u3000|"
-    "²|\n| "
+    "I|'LL|x| IT|'S|x| he|'D|x| I|'M|x| u|'RE|x| u|'VE|x| n|'T|x| we|'ll| '|tis| |1|2|"
+    "3|4|5|6|7| |3|.|1|4| Ünï| e|\u0301| 工作|1|2|  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|"
+    "\tABcDEf| don|'t|/é|!!\n| | /|z| ¿|Qué|?|\u3000|²|\n| "
   ),
   "qwen35": (
-    "I|'LL| IT|'S| he|'D| we|'ll| '|tis| |1|2|3|4|5|6|7| |3|.|1|4| Ünï| e\u0301| 工作|1|"
-    "2|  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|\tABcDEf| don|'t|/é|!!\n| | /|z| ¿|Qué|?|\u3000|"
-    "²|\n| "
+    "I|'LL|x| IT|'S|x| he|'D|x| I|'M|x| u|'RE|x| u|'VE|x| n|'T|x| we|'ll| '|tis| |1|2|"
+    "3|4|5|6|7| |3|.|1|4| Ünï| e\u0301| 工作|1|2|  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|"
+    "\tABcDEf| don|'t|/é|!!\n| | /|z| ¿|Qué|?|\u3000|²|\n| "
   ),
   "gpt-2": (
-    "I|'|LL| IT|'|S| he|'|D| we|'ll| '|tis| 1234567| 3|.|14| Ünï| e|\u0301| 工作|12|"
-    "  \n\n| x|=[|a|_|b|]+$`|c|`~|\r\n|\t|ABcDEf| don|'t|/|é|!!|\n | /|z| ¿|Qué|?|"
-    "\u3000|²|\n "
+    "I|'|LLx| IT|'|Sx| he|'|Dx| I|'|Mx| u|'|REx| u|'|VEx| n|'|Tx| we|'ll| '|tis|"
+    " 1234567| 3|.|14| Ünï| e|\u0301| 工作|12|  \n\n| x|=[|a|_|b|]+$`|c|`~|\r\n|\t|"
+    "ABcDEf| don|'t|/|é|!!|\n | /|z| ¿|Qué|?|\u3000|²|\n "
   ),
   "smollm": (
-    "I|'|LL| IT|'|S| he|'|D| we|'ll| '|tis| |1|2|3|4|5|6|7| |3|.|1|4| Ünï| e|\u0301|"
-    " 工作|1|2|  \n\n| x|=[|a|_|b|]+$`|c|`~|\r\n|\t|ABcDEf| don|'t|/|é|!!|\n | /|z| ¿|"
-    "Qué|?|\u3000|²|\n "
+    "I|'|LLx| IT|'|Sx| he|'|Dx| I|'|Mx| u|'|REx| u|'|VEx| n|'|Tx| we|'ll| '|tis| |1|2|"
+    "3|4|5|6|7| |3|.|1|4| Ünï| e|\u0301| 工作|1|2|  \n\n| x|=[|a|_|b|]+$`|c|`~|\r\n|\t|"
+    "ABcDEf| don|'t|/|é|!!|\n | /|z| ¿|Qué|?|\u3000|²|\n "
   ),
   "falcon": (
-    "I|'|LL| IT|'|S| he|'|D| we|'|ll| |'|tis| |123|456|7| 3|.|14| Ünï| e|\u0301| 工作|12|"
-    "  \n\n| x|=[|a|_|b|]+$`|c|`~|\r\n|\t|ABcDEf| don|'|t|/|é|!!|\n  |/|z| |¿|Qué|?|"
-    "\u3000|²|\n "
+    "I|'|LLx| IT|'|Sx| he|'|Dx| I|'|Mx| u|'|REx| u|'|VEx| n|'|Tx| we|'|ll| |'|tis| |"
+    "123|456|7| 3|.|14| Ünï| e|\u0301| 工作|12|  \n\n| x|=[|a|_|b|]+$`|c|`~|\r\n|\t|"
+    "ABcDEf| don|'|t|/|é|!!|\n  |/|z| |¿|Qué|?|\u3000|²|\n "
   ),
   "deepseek-coder": (
-    "I|'|LL| IT|'|S| he|'|D| we|'|ll| '|tis| |1|2|3|4|5|6|7| |3|.|1|4| Ünï| e|\u0301| |"
-    "工作|1|2|  |\n|\n| x|=|[|a|_|b|]|+$`|c|`~|\r|\n|\tABcDEf| don|'|t|/|é|!!|\n| | /|z|"
-    " ¿|Qué|?|\u3000|²|\n| "
+    "I|'|LLx| IT|'|Sx| he|'|Dx| I|'|Mx| u|'|REx| u|'|VEx| n|'|Tx| we|'|ll| '|tis| |1|2|"
+    "3|4|5|6|7| |3|.|1|4| Ünï| e|\u0301| |工作|1|2|  |\n|\n| x|=|[|a|_|b|]|+$`|c|`~|\r|"
+    "\n|\tABcDEf| don|'|t|/|é|!!|\n| | /|z| ¿|Qué|?|\u3000|²|\n| "
   ),
   # But for the combining accent, which the maker's pattern counts as a letter.
   "tekken": (
-    "I|'LL| IT|'S| he|'D| we|'ll| '|tis| |1|2|3|4|5|6|7| |3|.|1|4| Ünï| e\u0301| 工作|1|"
-    "2|  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|\tABc|DEf| don|'t|/é|!!\n| | /|z| ¿|Qué|?|"
-    "\u3000|²|\n| "
+    "I|'LLx| IT|'Sx| he|'Dx| I|'Mx| u|'REx| u|'VEx| n|'Tx| we|'ll| '|tis| |1|2|3|4|5|6|"
+    "7| |3|.|1|4| Ünï| e\u0301| 工作|1|2|  \n\n| x|=[|a|_b|]+$`|c|`~\r\n|\tABc|DEf| don|"
+    "'t|/é|!!\n| | /|z| ¿|Qué|?|\u3000|²|\n| "
   ),
 }
 SAME = {
