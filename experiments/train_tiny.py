@@ -1,4 +1,4 @@
-r"""Trains the embedded model `tiny`: a Llama of 4.2 million weights on the documentation of Python.
+r"""Trains the embedded model `tiny`: a Llama of 4.2 million weights, on the text of Python's docs.
 
   python -m experiments.tiny.prepare --out=runs/tiny        # once: tokenizer and token arrays
   XLA_FLAGS=--xla_cpu_use_xnnpack=true python -m experiments.train_tiny --minutes=150
@@ -9,8 +9,8 @@ corpus; the first 200 under a schedule of 836 steps): 4.257 nats a token of vali
 `--steps=3` shows that it runs.
 
 Muon for the matrices, Adam for the rest, warm-up and cosine decay, float32 master weights, bfloat16
-products (twice as fast where the CPU has AVX512-BF16). Each epoch cuts the row of all documents into
-windows at a fresh random shift, so that a long document goes on from one window into the next. Most
+products (twice as fast where the CPU has AVX512-BF16). Each epoch cuts the row of all documents in
+windows at a fresh random shift, so that a long document goes on from one into the next. Most
 steps have windows of --short_context tokens, the last ones of --context: attention costs less that
 way, and long context is learnt last. Every window starts with BOS.
 
