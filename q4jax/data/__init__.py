@@ -1,0 +1,1 @@
+"""Package data: the embedded model and the figures measured with it."""
