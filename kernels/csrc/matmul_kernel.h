@@ -119,8 +119,11 @@ void DirectTile(const Matmul& a, int64_t tile) {
   for (int r = 0; r < R; r++) total[r] = Simd::Zero();
   for (int64_t kb = 0; kb < blocks; kb++) {
     const uint8_t* p = w + kb * Fmt::bytes * kRows;
-    __builtin_prefetch(p + 4096);
-    for (int line = 64; line < Fmt::bytes * kRows; line += 64) __builtin_prefetch(p + 4096 + line);
+    // A tile's block that is whole cache lines is streamed best by the hardware alone; others are
+    // read across line ends, in an order that it does not follow.
+    if constexpr (Fmt::block == 256 && Fmt::bytes * kRows % 64 != 0) {
+      for (int line = 0; line < Fmt::bytes * kRows; line += 64) __builtin_prefetch(p + 4096 + line);
+    }
     MicroBlock<Fmt, R>(a, Direct<Fmt>(p), 0, kb, total);
   }
   for (int r = 0; r < R; r++) StoreOutputs(a, r, tile, total[r]);
