@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL | None:
     reason = "it was not built" if not _PATH.exists() else str(error)
     warnings.warn(
       f"q4jax: the native CPU kernels are not available ({reason}); matrices will be dequantised "
-      "by XLA, about 100 times slower on a CPU. Install g++ and reinstall q4jax, or run "
+      "by XLA, which is much slower on a CPU. Install g++ and reinstall q4jax, or run "
       "`make native` in a checkout.",
       stacklevel=2,
     )
