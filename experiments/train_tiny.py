@@ -3,9 +3,9 @@ r"""Trains the embedded model `tiny`: a Llama of 4.2 million weights, on the tex
   python -m experiments.tiny.prepare --out=runs/tiny        # once: tokenizer and token arrays
   XLA_FLAGS=--xla_cpu_use_xnnpack=true python -m experiments.train_tiny --minutes=150
 
-Expected, with two Zen 4 cores mostly to itself: 1.8 s a step of 6144 tokens while windows
-are short, about 3.4 s after that. The model in q4jax/data had 520 steps (3.2 million tokens, a third of the
-corpus; the first 200 under a schedule of 836 steps): 4.257 nats a token of validation text.
+Expected, with two Zen 4 cores mostly to itself: 1.8 s a step of 6144 tokens while windows are
+short, about 3.4 s after that. The model in q4jax/data had 520 steps (3.2 million tokens, a third of
+the corpus; the first 200 under a schedule of 836 steps): 4.257 nats a token of validation text.
 `--steps=3` shows that it runs.
 
 Muon for the matrices, Adam for the rest, warm-up and cosine decay, float32 master weights, bfloat16
