@@ -142,8 +142,9 @@ def greedy(stem: str) -> Completion:
 
 
 def test_greedy_text_is_the_known_story() -> None:
+  # A completion keeps the space that begins its first piece.
   assert greedy("stories260K-f32").text.startswith(
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    " Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
   )
 
 
