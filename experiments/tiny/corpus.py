@@ -49,6 +49,7 @@ SKIPPED_FOLDERS = frozenset(
   (
     *("test", "tests", "testing", "_vendor", "vendor", "thirdparty_files"),
     *("idlelib", "lib2to3", "site-packages", "pydoc_data"),
+    "dialects",  # MLIR's, written by a generator: thousands of the same few sentences
   )
 )
 HELD_OUT_PERCENT, VALIDATION_PERCENT = 5, 2

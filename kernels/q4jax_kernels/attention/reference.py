@@ -5,22 +5,23 @@ import jax.numpy as jnp
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Causal grouped-query attention: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
+  """Causal grouped-query attention: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
+  The queries are the last T of the S positions.
   Products take their operands in q's dtype and accumulate in float32, as does the softmax. Written
   as plain batched matrix products, which XLA:CPU runs twice as fast as jax.nn's.
   """
   b, t, n, h = q.shape
-  kv_heads = k.shape[2]
+  s, kv_heads = k.shape[1:3]
   # Query heads that share a KV head lie below each other: [B * K, N / K * T, H].
   query = (
     q.reshape(b, t, kv_heads, n // kv_heads, h)
     .transpose(0, 2, 3, 1, 4)
     .reshape(-1, n // kv_heads * t, h)
   )
-  key, value = (x.transpose(0, 2, 1, 3).reshape(-1, t, h) for x in (k, v))
+  key, value = (x.transpose(0, 2, 1, 3).reshape(-1, s, h) for x in (k, v))
   logits = jnp.einsum("bqh,bsh->bqs", query, key, preferred_element_type=jnp.float32) * h**-0.5
-  seen = jnp.tile(jnp.tril(jnp.ones((t, t), bool)), (n // kv_heads, 1))[None]
+  seen = jnp.tile(jnp.tril(jnp.ones((t, s), bool), s - t), (n // kv_heads, 1))[None]
   p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
   out = jnp.einsum("bqs,bsh->bqh", p.astype(q.dtype), value, preferred_element_type=jnp.float32)
   out = out.reshape(b, kv_heads, n // kv_heads, t, h).transpose(0, 3, 1, 2, 4)
