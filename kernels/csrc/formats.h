@@ -1,10 +1,13 @@
 // How each GGUF block format is read in the x16 layout (block_array.py): sixteen rows side by side,
 // every field of a block interleaved across the rows, so that lane r of a vector is row r.
 //
-// A format says: block (weights), group (weights per scale), bytes (of one row's block), offset and
-// has_min; Codes<g>(p, i) gives the unsigned codes of weights 4i .. 4i+3 of group g of sixteen rows,
-// and Scales(p, s, m) the scale (and minimum) of every group:
-//     w = s[g] * (code - offset) - m[g]           offset and m are never both used.
+// A format says: block (weights), group (weights per scale), bytes (of one row's block), bits (codes
+// are below 2^bits), offset and has_min; Codes<g>(p, i) gives the unsigned codes of weights
+// 4i .. 4i+3 of group g of sixteen rows. Scales come in two kinds:
+//   integer:  w = D(p) * Scale<g>(p) * (code - offset) - DMin(p) * Min<g>(p), Scale and Min bytes
+//             (Scale signed where signed_scale says so), so that a block is summed in integers;
+//   else:     w = s[g] * (code - offset) - m[g], from Scales(p, s, m).
+// offset and minimum are never both used.
 // Source: ggml's quantisation structs (ggml-common.h) as documented in docs/formats/gguf.md.
 #pragma once
 #include "kernels.h"
@@ -13,30 +16,35 @@ namespace {
 
 using F = Simd::F;
 using I = Simd::I;
+using B = Simd::B;
 
 Q4_INLINE I Mask(uint32_t byte) { return Simd::ISet((int32_t)(byte * 0x01010101u)); }
 // Word w (4 bytes of each row) of a field of 4-byte words.
 Q4_INLINE I Word(const uint8_t* field, int w) { return Simd::ILoad(field + 64 * w); }
 Q4_INLINE I Nibble(I word, bool high) { return Simd::And(high ? Simd::Shr(word, 4) : word, Mask(15)); }
-Q4_INLINE F ScaleI8(F d, I x) { return Simd::Mul(d, Simd::ToFloat(x)); }
 
 struct Base {
-  static constexpr bool wide = false;    // codes above 127
+  static constexpr bool integer = false;
   static constexpr bool has_min = false;
   static constexpr int offset = 0;
+};
+
+struct IntegerBase : Base {
+  static constexpr bool integer = true;
+  static constexpr bool signed_scale = false;
 };
 
 // ---- 32 weights a block, one scale: d, (m), (qh), qs[16]; weight l low nibble, l + 16 high.
 
 struct Q4_0 : Base {
-  static constexpr int block = 32, group = 32, bytes = 18, offset = 8;
+  static constexpr int block = 32, group = 32, bytes = 18, bits = 4, offset = 8;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Nibble(Word(p + 32, i & 3), i >= 4); }
   static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
 };
 
 struct Q4_1 : Base {
-  static constexpr int block = 32, group = 32, bytes = 20;
+  static constexpr int block = 32, group = 32, bytes = 20, bits = 4;
   static constexpr bool has_min = true;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Nibble(Word(p + 64, i & 3), i >= 4); }
@@ -53,7 +61,7 @@ Q4_INLINE I FifthBits(const uint8_t* qh, int i) {
 }
 
 struct Q5_0 : Base {
-  static constexpr int block = 32, group = 32, bytes = 22, offset = 16;
+  static constexpr int block = 32, group = 32, bytes = 22, bits = 5, offset = 16;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     return Simd::Or(Nibble(Word(p + 96, i & 3), i >= 4), FifthBits(p + 32, i));
@@ -62,7 +70,7 @@ struct Q5_0 : Base {
 };
 
 struct Q5_1 : Base {
-  static constexpr int block = 32, group = 32, bytes = 24;
+  static constexpr int block = 32, group = 32, bytes = 24, bits = 5;
   static constexpr bool has_min = true;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
@@ -72,8 +80,7 @@ struct Q5_1 : Base {
 };
 
 struct Q8_0 : Base {
-  static constexpr int block = 32, group = 32, bytes = 34, offset = 128;
-  static constexpr bool wide = true;
+  static constexpr int block = 32, group = 32, bytes = 34, bits = 8, offset = 128;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Simd::Xor(Word(p + 32, i), Mask(128)); }
   static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
@@ -84,8 +91,7 @@ alignas(16) constexpr uint8_t kIq4Grid[16] = {1,   24,  45,  63,  79,  93,  106,
                                               129, 141, 153, 166, 181, 197, 217, 241};
 
 struct IQ4_NL : Base {
-  static constexpr int block = 32, group = 32, bytes = 18, offset = 128;
-  static constexpr bool wide = true;
+  static constexpr int block = 32, group = 32, bytes = 18, bits = 8, offset = 128;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Simd::Lookup(Q4_0::Codes<0>(p, i), kIq4Grid); }
   static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
@@ -93,74 +99,84 @@ struct IQ4_NL : Base {
 
 // ---- 256 weights a block.
 
-struct IQ4_XS : Base {  // d, scales_h[2], scales_l[4], qs[128]
-  static constexpr int block = 256, group = 32, bytes = 136, offset = 128;
-  static constexpr bool wide = true;
+struct IQ4_XS : IntegerBase {  // d, scales_h[2], scales_l[4], qs[128]
+  static constexpr bool signed_scale = true;
+  static constexpr int block = 256, group = 32, bytes = 136, bits = 8, offset = 128;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     return Simd::Lookup(Nibble(Word(p + 128, g * 4 + (i & 3)), i >= 4), kIq4Grid);
   }
-  static void Scales(const uint8_t* p, F* s, F*) {
-    const F d = Simd::LoadHalf(p);
-    const I high = Simd::LoadU16(p + 32);
-    for (int g = 0; g < 8; g++) {
-      const I low = Simd::And(Simd::Shr(Simd::LoadU8(p + 64 + 16 * (g / 2)), 4 * (g & 1)), Simd::ISet(15));
-      const I top = Simd::Shl(Simd::And(Simd::Shr(high, 2 * g), Simd::ISet(3)), 4);
-      s[g] = ScaleI8(d, Simd::AddI(Simd::Or(low, top), Simd::ISet(-32)));
-    }
+  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p); }
+  template <int g>
+  static Q4_INLINE B Scale(const uint8_t* p) {
+    const B low = Simd::BAnd(Simd::BShr(Simd::BLoad(p + 64 + 16 * (g / 2)), 4 * (g & 1)), Simd::BSet(15));
+    const B high = Simd::Narrow(Simd::And(Simd::Shr(Simd::LoadU16(p + 32), 2 * g), Simd::ISet(3)));
+    return Simd::BAdd(Simd::BOr(low, Simd::BShl(high, 4)), Simd::BSet(-32));
   }
 };
 
-// Scale and minimum of group g out of the 12 packed bytes of Q4_K and Q5_K.
-inline void SixBitPairs(const uint8_t* p, F d, F dmin, F* s, F* m) {
-  const I m63 = Simd::ISet(63), m15 = Simd::ISet(15);
-  for (int g = 0; g < 4; g++) {
-    const I a = Simd::LoadU8(p + 16 * g), b = Simd::LoadU8(p + 16 * (g + 4));
-    const I c = Simd::LoadU8(p + 16 * (g + 8));
-    s[g] = ScaleI8(d, Simd::And(a, m63));
-    m[g] = ScaleI8(dmin, Simd::And(b, m63));
-    s[g + 4] = ScaleI8(d, Simd::Or(Simd::And(c, m15), Simd::Shl(Simd::Shr(a, 6), 4)));
-    m[g + 4] = ScaleI8(dmin, Simd::Or(Simd::Shr(c, 4), Simd::Shl(Simd::Shr(b, 6), 4)));
-  }
+// Scale and minimum of group g out of the 12 packed bytes of Q4_K and Q5_K, p at the first.
+template <int g>
+Q4_INLINE B SixBitScale(const uint8_t* p) {
+  if (g < 4) return Simd::BAnd(Simd::BLoad(p + 16 * g), Simd::BSet(63));
+  const B low = Simd::BAnd(Simd::BLoad(p + 16 * (g + 4)), Simd::BSet(15));
+  return Simd::BOr(low, Simd::BAnd(Simd::BShr(Simd::BLoad(p + 16 * (g & 3)), 2), Simd::BSet(48)));
 }
 
-struct Q4_K : Base {  // d, dmin, scales[12], qs[128]
-  static constexpr int block = 256, group = 32, bytes = 144;
+template <int g>
+Q4_INLINE B SixBitMin(const uint8_t* p) {
+  if (g < 4) return Simd::BAnd(Simd::BLoad(p + 16 * (g + 4)), Simd::BSet(63));
+  const B low = Simd::BAnd(Simd::BShr(Simd::BLoad(p + 16 * (g + 4)), 4), Simd::BSet(15));
+  return Simd::BOr(low, Simd::BAnd(Simd::BShr(Simd::BLoad(p + 16 * g), 2), Simd::BSet(48)));
+}
+
+struct Q4_K : IntegerBase {  // d, dmin, scales[12], qs[128]
+  static constexpr int block = 256, group = 32, bytes = 144, bits = 4;
   static constexpr bool has_min = true;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     return Nibble(Word(p + 256, (g / 2) * 8 + i), g & 1);
   }
-  static void Scales(const uint8_t* p, F* s, F* m) {
-    SixBitPairs(p + 64, Simd::LoadHalf(p), Simd::LoadHalf(p + 32), s, m);
-  }
+  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p); }
+  static Q4_INLINE F DMin(const uint8_t* p) { return Simd::LoadHalf(p + 32); }
+  template <int g>
+  static Q4_INLINE B Scale(const uint8_t* p) { return SixBitScale<g>(p + 64); }
+  template <int g>
+  static Q4_INLINE B Min(const uint8_t* p) { return SixBitMin<g>(p + 64); }
 };
 
-struct Q5_K : Base {  // d, dmin, scales[12], qh[32], qs[128]
-  static constexpr int block = 256, group = 32, bytes = 176;
+struct Q5_K : IntegerBase {  // d, dmin, scales[12], qh[32], qs[128]
+  static constexpr int block = 256, group = 32, bytes = 176, bits = 5;
   static constexpr bool has_min = true;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
-    const I high = Simd::And(Simd::Shr(Word(p + 256, i), g), Mask(1));
-    return Simd::Or(Nibble(Word(p + 768, (g / 2) * 8 + i), g & 1), Simd::Shl(high, 4));
+    const I word = Word(p + 256, i);  // Bit g of each byte goes to bit 4.
+    const I high = Simd::And(g < 4 ? Simd::Shl(word, 4 - g) : Simd::Shr(word, g - 4), Mask(16));
+    return Simd::Or(Nibble(Word(p + 768, (g / 2) * 8 + i), g & 1), high);
   }
-  static void Scales(const uint8_t* p, F* s, F* m) { Q4_K::Scales(p, s, m); }
+  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p); }
+  static Q4_INLINE F DMin(const uint8_t* p) { return Simd::LoadHalf(p + 32); }
+  template <int g>
+  static Q4_INLINE B Scale(const uint8_t* p) { return SixBitScale<g>(p + 64); }
+  template <int g>
+  static Q4_INLINE B Min(const uint8_t* p) { return SixBitMin<g>(p + 64); }
 };
 
-struct Q6_K : Base {  // ql[128], qh[64], scales[16], d
-  static constexpr int block = 256, group = 16, bytes = 210, offset = 32;
+struct Q6_K : IntegerBase {  // ql[128], qh[64], scales[16], d
+  static constexpr bool signed_scale = true;
+  static constexpr int block = 256, group = 16, bytes = 210, bits = 6, offset = 32;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     constexpr int half = g / 8, quarter = (g / 2) & 3;
     const int l = (g & 1) * 4 + i;
     const I low = Nibble(Word(p, half * 16 + (quarter & 1) * 8 + l), quarter >= 2);
-    const I high = Simd::And(Simd::Shr(Word(p + 2048, half * 8 + l), 2 * quarter), Mask(3));
-    return Simd::Or(low, Simd::Shl(high, 4));
+    const I word = Word(p + 2048, half * 8 + l);  // Bits 2 * quarter of each byte go to bit 4.
+    const I high = quarter < 2 ? Simd::Shl(word, 4 - 2 * quarter) : Simd::Shr(word, 2 * quarter - 4);
+    return Simd::Or(low, Simd::And(high, Mask(48)));
   }
-  static void Scales(const uint8_t* p, F* s, F*) {
-    const F d = Simd::LoadHalf(p + 3328);
-    for (int g = 0; g < 16; g++) s[g] = ScaleI8(d, Simd::LoadI8(p + 3072 + 16 * g));
-  }
+  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p + 3328); }
+  template <int g>
+  static Q4_INLINE B Scale(const uint8_t* p) { return Simd::BLoad(p + 3072 + 16 * g); }
 };
 
 template <int g>  // of 16 weights
@@ -168,35 +184,33 @@ Q4_INLINE I TwoBits(const uint8_t* qs, int i) {
   return Simd::And(Simd::Shr(Word(qs, (g / 8) * 8 + (g & 1) * 4 + i), 2 * ((g / 2) & 3)), Mask(3));
 }
 
-struct Q2_K : Base {  // scales[16], qs[64], d, dmin
-  static constexpr int block = 256, group = 16, bytes = 84;
+struct Q2_K : IntegerBase {  // scales[16], qs[64], d, dmin
+  static constexpr int block = 256, group = 16, bytes = 84, bits = 2;
   static constexpr bool has_min = true;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return TwoBits<g>(p + 256, i); }
-  static void Scales(const uint8_t* p, F* s, F* m) {
-    const F d = Simd::LoadHalf(p + 1280), dmin = Simd::LoadHalf(p + 1312);
-    for (int g = 0; g < 16; g++) {
-      const I x = Simd::LoadU8(p + 16 * g);
-      s[g] = ScaleI8(d, Simd::And(x, Simd::ISet(15)));
-      m[g] = ScaleI8(dmin, Simd::Shr(x, 4));
-    }
-  }
+  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p + 1280); }
+  static Q4_INLINE F DMin(const uint8_t* p) { return Simd::LoadHalf(p + 1312); }
+  template <int g>
+  static Q4_INLINE B Scale(const uint8_t* p) { return Simd::BAnd(Simd::BLoad(p + 16 * g), Simd::BSet(15)); }
+  template <int g>
+  static Q4_INLINE B Min(const uint8_t* p) { return Simd::BAnd(Simd::BShr(Simd::BLoad(p + 16 * g), 4), Simd::BSet(15)); }
 };
 
-struct Q3_K : Base {  // hmask[32], qs[64], scales[12], d
-  static constexpr int block = 256, group = 16, bytes = 110, offset = 4;
+struct Q3_K : IntegerBase {  // hmask[32], qs[64], scales[12], d
+  static constexpr bool signed_scale = true;
+  static constexpr int block = 256, group = 16, bytes = 110, bits = 3, offset = 4;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     const I high = Simd::And(Simd::Shr(Word(p, (g & 1) * 4 + i), g / 2), Mask(1));
     return Simd::Or(TwoBits<g>(p + 512, i), Simd::Shl(high, 2));
   }
-  static void Scales(const uint8_t* p, F* s, F*) {
-    const F d = Simd::LoadHalf(p + 1728);
-    for (int g = 0; g < 16; g++) {
-      const I low = Simd::And(Simd::Shr(Simd::LoadU8(p + 1536 + 16 * (g & 7)), g < 8 ? 0 : 4), Simd::ISet(15));
-      const I top = Simd::And(Simd::Shr(Simd::LoadU8(p + 1664 + 16 * (g & 3)), 2 * (g / 4)), Simd::ISet(3));
-      s[g] = ScaleI8(d, Simd::AddI(Simd::Or(low, Simd::Shl(top, 4)), Simd::ISet(-32)));
-    }
+  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p + 1728); }
+  template <int g>
+  static Q4_INLINE B Scale(const uint8_t* p) {
+    const B low = Simd::BAnd(Simd::BShr(Simd::BLoad(p + 1536 + 16 * (g & 7)), g < 8 ? 0 : 4), Simd::BSet(15));
+    const B top = Simd::BAnd(Simd::BShr(Simd::BLoad(p + 1664 + 16 * (g & 3)), 2 * (g / 4)), Simd::BSet(3));
+    return Simd::BAdd(Simd::BOr(low, Simd::BShl(top, 4)), Simd::BSet(-32));
   }
 };
 

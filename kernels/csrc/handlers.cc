@@ -39,22 +39,14 @@ int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_th
 // x rounded to signed bytes in blocks of 32 or 256, in memory that is kept between calls.
 struct Activations {
   std::vector<int8_t> q;
-  std::vector<float> d, neg16f, neg32f;
-  std::vector<int32_t> sum16, sum32;
+  std::vector<float> d;
+  std::vector<int16_t> sum16, sum32;
 
   void Resize(int64_t M, int64_t K) {
-    q.resize(M * K);
-    d.resize(M * (K / 32));
-    sum16.resize(M * (K / 16)), neg16f.resize(M * (K / 16));
-    sum32.resize(M * (K / 32)), neg32f.resize(M * (K / 32));
+    q.resize(M * K), d.resize(M * (K / 32));
+    sum16.resize(M * (K / 16)), sum32.resize(M * (K / 32));
   }
-  void Row(const Kernels& kernels, const float* x, int64_t m, int64_t K, int block) {
-    kernels.quantize(x + m * K, K, block, &q[m * K], &d[m * (K / block)], &sum16[m * (K / 16)],
-                     &sum32[m * (K / 32)], &neg16f[m * (K / 16)], &neg32f[m * (K / 32)]);
-  }
-  QuantizedX View() const {
-    return {q.data(), d.data(), sum16.data(), sum32.data(), neg16f.data(), neg32f.data()};
-  }
+  QuantizedX View() { return {q.data(), d.data(), sum16.data(), sum32.data()}; }
 };
 
 ffi::Error CheckWeight(const ffi::Buffer<ffi::U8>& w, int64_t format, int64_t K, int64_t N) {
@@ -97,8 +89,8 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   if (need256) a256.Resize(M, K);
   if (need32 || need256) {
     ParallelFor(pool, M * K >= 65536 ? threads : 1, M, [&](int64_t m) {
-      if (need32) a32.Row(*kernels, x.typed_data(), m, K, 32);
-      if (need256) a256.Row(*kernels, x.typed_data(), m, K, 256);
+      if (need32) kernels->quantize(x.typed_data() + m * K, K, 32, m, M, a32.View());
+      if (need256) kernels->quantize(x.typed_data() + m * K, K, 256, m, M, a256.View());
     });
   }
 

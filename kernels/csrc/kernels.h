@@ -13,13 +13,14 @@ enum Format {
 
 constexpr int kRows = 16;  // Rows side by side in the x16 layout.
 
-// M rows of x as signed bytes: x = d[m][k / block] * q[m][k], and the sums that fold the weights'
-// offsets and minimums: sum16[m][k / 16] = sum of q, neg32f = -sum over 32, and so on.
+// M rows of x as signed bytes, x = d * q, in blocks of 32 or 256. Everything of one block position
+// lies together, row after row: q[(k / block * M + m) * block + k % block], d[k / block * M + m], and
+// so on; what a kernel reads for a few rows is contiguous. The sums of q over 16 and 32 weights fold
+// the weights' offsets and minimums.
 struct QuantizedX {
-  const int8_t* q;
-  const float* d;
-  const int32_t *sum16, *sum32;
-  const float *neg16f, *neg32f;
+  int8_t* q;
+  float* d;
+  int16_t *sum16, *sum32;
 };
 
 struct Matmul {
@@ -41,9 +42,8 @@ struct Attention {
 
 struct Kernels {
   const char* name;
-  // Quantises one row of K floats in blocks of 32 or 256.
-  void (*quantize)(const float* x, int64_t K, int block, int8_t* q, float* d, int32_t* sum16,
-                   int32_t* sum32, float* neg16f, float* neg32f);
+  // Quantises row m of x, K floats, in blocks of 32 or 256.
+  void (*quantize)(const float* x, int64_t K, int block, int64_t m, int64_t M, const QuantizedX& out);
   // Tiles [begin, end) of 16 output rows.
   void (*matmul[kNumFormats])(const Matmul& a, int64_t begin, int64_t end);
   // Row `row` of the matrix as K floats.

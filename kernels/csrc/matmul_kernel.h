@@ -1,8 +1,9 @@
 // y = x W^T for one instruction set: `Simd` and formats.h are already included.
 //
-// A tile is 16 outputs (lanes) over all of K. Per 256 or 32 weights: integer dot products within a
-// group, one float FMA per group, one per activation block. Every (row of x, output) is summed in
-// the same order whatever M is, so results do not depend on batching or chunking.
+// A tile is 16 outputs (lanes) over all of K. A block is summed in integers where its scales are
+// integers, else a group is, then added to a float sum with the product of the block's and the
+// activations' scales. Every (row of x, output) is summed in the same order whatever M is, so results
+// do not depend on batching or chunking.
 #pragma once
 #include "kernels.h"
 
@@ -11,12 +12,12 @@ namespace {
 using q4::kRows;
 using q4::Matmul;
 
-// Up to Simd::kDirectRows rows of x use codes straight from memory, more unpack them first and go
-// Simd::kMicroRows at a time.
 // Rows of x per sweep over K: their partial sums stay in L1.
 constexpr int kSweepRows = 128;
+// Bytes of weights fetched ahead of their use.
+constexpr int kAhead = 4096;
 
-inline int32_t Load4(const int8_t* p) {
+inline int32_t Load4(const void* p) {
   int32_t v;
   __builtin_memcpy(&v, p, 4);
   return v;
@@ -38,67 +39,144 @@ Q4_INLINE void Unroll(const Body& body) {
   }
 }
 
-// One block of sixteen rows, ready to multiply.
-template <class Fmt>
-struct Direct {
-  const uint8_t* p;
+// The scales of one block of sixteen rows, ready to multiply.
+template <class Fmt, bool integer = Fmt::integer>
+struct Scales {
   F s[Groups<Fmt>()], m[Groups<Fmt>()];
-  explicit Direct(const uint8_t* block) : p(block) { Fmt::Scales(p, s, m); }
-  template <int g>
-  Q4_INLINE I Codes(int i) const { return Fmt::template Codes<g>(p, i); }
+  explicit Scales(const uint8_t* p) { Fmt::Scales(p, s, m); }
 };
 
-// The same, its codes unpacked once for many rows of x.
 template <class Fmt>
-struct Unpacked {
-  alignas(64) uint8_t codes[Fmt::block * kRows];
-  F s[Groups<Fmt>()], m[Groups<Fmt>()];
-  explicit Unpacked(const uint8_t* p) {
-    Fmt::Scales(p, s, m);
+struct Scales<Fmt, true> {
+  F d, dmin;
+  I scale[Groups<Fmt>()];      // as AddScaled takes them
+  I pair[Groups<Fmt>() / 2];   // the minimums, or offset * scale, of two groups
+  explicit Scales(const uint8_t* p) {
+    d = Fmt::D(p);
+    if constexpr (Fmt::has_min) dmin = Fmt::DMin(p);
+    Unroll<Groups<Fmt>() / 2>([&](auto index) Q4_LAMBDA {
+      constexpr int g = 2 * decltype(index)::value;
+      const B a = Fmt::template Scale<g>(p), b = Fmt::template Scale<g + 1>(p);
+      scale[g] = Simd::template Multiplier<Fmt::signed_scale>(a);
+      scale[g + 1] = Simd::template Multiplier<Fmt::signed_scale>(b);
+      if constexpr (Fmt::has_min) {
+        pair[g / 2] = Simd::template Pair<false, 0>(Fmt::template Min<g>(p), Fmt::template Min<g + 1>(p));
+      } else {  // The offsets are powers of two.
+        pair[g / 2] = Simd::template Pair<true, __builtin_ctz(Fmt::offset)>(a, b);
+      }
+    });
+  }
+};
+
+// A block whose codes are read where they lie: for few rows of x.
+template <class Fmt>
+struct Direct : Scales<Fmt> {
+  const uint8_t* p;
+  explicit Direct(const uint8_t* block) : Scales<Fmt>(block), p(block) {
+    // The hardware's own stream ends with each page.
+    for (int line = 0; line < Fmt::bytes * kRows; line += 64) __builtin_prefetch(p + kAhead + line);
+  }
+  template <int g, int plane>
+  Q4_INLINE I Codes(int i) const { return Simd::template Plane<Fmt::bits, plane>(Fmt::template Codes<g>(p, i)); }
+};
+
+// The same, its codes unpacked once for many rows.
+template <class Fmt>
+struct Unpacked : Scales<Fmt> {
+  static constexpr int kPlanes = Simd::kPlanes<Fmt::bits>;
+  alignas(64) uint8_t codes[kPlanes][Fmt::block * kRows];
+  explicit Unpacked(const uint8_t* p) : Scales<Fmt>(p) {
     Unroll<Groups<Fmt>()>([&](auto index) Q4_LAMBDA {
       constexpr int g = decltype(index)::value;
 #pragma GCC unroll 8
-      for (int i = 0; i < Fmt::group / 4; i++)
-        Simd::IStore(codes + kRows * (g * Fmt::group + 4 * i), Fmt::template Codes<g>(p, i));
+      for (int i = 0; i < Fmt::group / 4; i++) {
+        const I all = Fmt::template Codes<g>(p, i);
+        Unroll<kPlanes>([&](auto plane) Q4_LAMBDA {
+          Simd::IStore(codes[plane.value] + kRows * (g * Fmt::group + 4 * i),
+                       Simd::template Plane<Fmt::bits, plane.value>(all));
+        });
+      }
     });
   }
-  template <int g>
-  Q4_INLINE I Codes(int i) const { return Simd::ILoad(codes + kRows * (g * Fmt::group + 4 * i)); }
+  template <int g, int plane>
+  Q4_INLINE I Codes(int i) const { return Simd::ILoad(codes[plane] + kRows * (g * Fmt::group + 4 * i)); }
 };
+
+// body(r) for r in 0 .. R - 1, unrolled by the front end so that arrays over r become registers.
+template <int R, class Body>
+Q4_INLINE void Rows(const Body& body) {
+  Unroll<R>([&](auto r) Q4_LAMBDA { body(r.value); });
+}
+
+// sum[r] += the products of `steps` times 4 weights of group g with R rows of x, q[r * block ...].
+template <class Fmt, int g, int plane, int first, int steps, int R, class Block>
+Q4_INLINE void Chain(const Block& w, const int8_t* q, I* sum) {
+  Unroll<steps>([&](auto step) Q4_LAMBDA {
+    constexpr int i = first + step.value;
+    const I codes = w.template Codes<g, plane>(i);
+    Rows<R>([&](int r) Q4_LAMBDA {
+      sum[r] = Simd::Dot(sum[r], codes, Load4(q + r * Fmt::block + g * Fmt::group + 4 * i));
+    });
+  });
+}
 
 // total[r] += x[m0 + r] . block `kb`, for R rows of x.
 template <class Fmt, int R, class Block>
 Q4_INLINE void MicroBlock(const Matmul& a, const Block& w, int64_t m0, int64_t kb, F* total) {
-  constexpr int kChunks = Fmt::group / 4;
-  const int64_t K = a.K;
-  const int8_t* q = a.qx.q + m0 * K + kb * Fmt::block;
-  const int32_t* sums = (Fmt::group == 16 ? a.qx.sum16 : a.qx.sum32) + (m0 * K + kb * Fmt::block) / Fmt::group;
-  const float* negs = (Fmt::group == 16 ? a.qx.neg16f : a.qx.neg32f) + (m0 * K + kb * Fmt::block) / Fmt::group;
-  F part[R];
-  for (int r = 0; r < R; r++) part[r] = Simd::Zero();
-  Unroll<Groups<Fmt>()>([&](auto index) Q4_LAMBDA {
-    constexpr int g = decltype(index)::value;
-    I acc[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-      acc[r] = Simd::ISet(Fmt::offset ? -Fmt::offset * sums[r * (K / Fmt::group) + g] : 0);
-#pragma GCC unroll 8
-    for (int i = 0; i < kChunks; i++) {
-      const I codes = w.template Codes<g>(i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++)
-        acc[r] = Simd::Dot<Fmt::wide>(acc[r], codes, Load4(q + r * K + g * Fmt::group + 4 * i));
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      part[r] = Simd::Fma(Simd::ToFloat(acc[r]), w.s[g], part[r]);
-      if (Fmt::has_min)
-        part[r] = Simd::Fma(w.m[g], Simd::Set(negs[r * (K / Fmt::group) + g]), part[r]);
-    }
-  });
-  const float* d = a.qx.d + (m0 * K) / Fmt::block + kb;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) total[r] = Simd::Fma(part[r], Simd::Set(d[r * (K / Fmt::block)]), total[r]);
+  constexpr int kGroups = Groups<Fmt>(), kSteps = Fmt::group / 4;
+  constexpr int kChain = Simd::kChain<Fmt::bits> < kSteps ? Simd::kChain<Fmt::bits> : kSteps;
+  constexpr int kChains = kSteps / kChain, kPlanes = Simd::kPlanes<Fmt::bits>;
+  const int64_t row = kb * a.M + m0;
+  const int8_t* q = a.qx.q + row * Fmt::block;
+  const float* d = a.qx.d + row;
+  const int16_t* sums = (Fmt::group == 16 ? a.qx.sum16 : a.qx.sum32) + row * kGroups;
+  if constexpr (Fmt::integer) {
+    I whole[R];
+    Rows<R>([&](int r) Q4_LAMBDA { whole[r] = Simd::ISet(0); });
+    Unroll<kGroups * kPlanes * kChains>([&](auto index) Q4_LAMBDA {
+      constexpr int g = index.value / kChains / kPlanes, plane = index.value / kChains % kPlanes;
+      I sum[R];
+      Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::ISet(0); });
+      Chain<Fmt, g, plane, index.value % kChains * kChain, kChain, R>(w, q, sum);
+      Rows<R>([&](int r) Q4_LAMBDA {
+        whole[r] = Simd::template AddScaled<plane>(whole[r], sum[r], w.scale[g]);
+      });
+    });
+    Rows<R>([&](int r) Q4_LAMBDA {
+      I low = Simd::ISet(0);
+      Unroll<kGroups / 2>([&](auto j) Q4_LAMBDA {
+        low = Simd::AddPairs(low, w.pair[j.value], Load4(sums + r * kGroups + 2 * j.value));
+      });
+      const F dx = Simd::Set(d[r]);
+      if constexpr (Fmt::has_min) {
+        total[r] = Simd::Fma(Simd::ToFloat(whole[r]), Simd::Mul(w.d, dx), total[r]);
+        total[r] = Simd::Fma(Simd::ToFloat(low), Simd::Mul(w.dmin, Simd::Set(-d[r])), total[r]);
+      } else {
+        total[r] = Simd::Fma(Simd::ToFloat(Simd::SubI(whole[r], low)), Simd::Mul(w.d, dx), total[r]);
+      }
+    });
+  } else {
+    F part[R];
+    Rows<R>([&](int r) Q4_LAMBDA { part[r] = Simd::Zero(); });
+    Unroll<kGroups>([&](auto index) Q4_LAMBDA {
+      constexpr int g = index.value;
+      I dot[R];
+      Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::ISet(Fmt::offset ? -Fmt::offset * sums[r * kGroups + g] : 0); });
+      Unroll<kPlanes * kChains>([&](auto which) Q4_LAMBDA {
+        constexpr int plane = which.value / kChains;
+        I sum[R];
+        Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Begin(dot[r]); });
+        Chain<Fmt, g, plane, which.value % kChains * kChain, kChain, R>(w, q, sum);
+        Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::template End<plane>(dot[r], sum[r]); });
+      });
+      Rows<R>([&](int r) Q4_LAMBDA {
+        part[r] = Simd::Fma(Simd::ToFloat(dot[r]), w.s[g], part[r]);
+        if constexpr (Fmt::has_min)
+          part[r] = Simd::Fma(w.m[g], Simd::Set((float)-sums[r * kGroups + g]), part[r]);
+      });
+    });
+    Rows<R>([&](int r) Q4_LAMBDA { total[r] = Simd::Fma(part[r], Simd::Set(d[r]), total[r]); });
+  }
 }
 
 inline void StoreOutputs(const Matmul& a, int64_t m, int64_t tile, F value) {
@@ -110,64 +188,41 @@ inline void StoreOutputs(const Matmul& a, int64_t m, int64_t tile, F value) {
   for (int64_t i = 0; i < left; i++) y[i] = lanes[i];
 }
 
-// All of K for R rows, codes straight from memory: decode and small batches.
-template <class Fmt, int R>
-void DirectTile(const Matmul& a, int64_t tile) {
-  const int64_t blocks = a.K / Fmt::block;
-  const uint8_t* w = a.w + tile * blocks * Fmt::bytes * kRows;
-  F total[R];
-  for (int r = 0; r < R; r++) total[r] = Simd::Zero();
-  for (int64_t kb = 0; kb < blocks; kb++) {
-    const uint8_t* p = w + kb * Fmt::bytes * kRows;
-    // A tile's block that is whole cache lines is streamed best by the hardware alone; others are
-    // read across line ends, in an order that it does not follow.
-    if constexpr (Fmt::block == 256 && Fmt::bytes * kRows % 64 != 0) {
-      for (int line = 0; line < Fmt::bytes * kRows; line += 64) __builtin_prefetch(p + 4096 + line);
-    }
-    MicroBlock<Fmt, R>(a, Direct<Fmt>(p), 0, kb, total);
+// Rows m .. end of x times block `kb`, R at a time, the rest in smaller strips.
+template <class Fmt, int R, class Block>
+void Strips(const Matmul& a, const Block& w, int64_t m, int64_t end, int64_t kb, float* sums) {
+  for (; m + R <= end; m += R, sums += R * kRows) {
+    F total[R];
+    for (int r = 0; r < R; r++) total[r] = Simd::Load(sums + r * kRows);
+    MicroBlock<Fmt, R>(a, w, m, kb, total);
+    for (int r = 0; r < R; r++) Simd::Store(sums + r * kRows, total[r]);
   }
-  for (int r = 0; r < R; r++) StoreOutputs(a, r, tile, total[r]);
+  if constexpr (R > 1) {
+    constexpr int kNext = R > 4 ? 4 : R / 2;  // 6 or 8, 4, 2, 1
+    if (m < end) Strips<Fmt, kNext>(a, w, m, end, kb, sums);
+  }
 }
 
-template <class Fmt, int R>
-void MicroRows(const Matmul& a, const Unpacked<Fmt>& w, int64_t m, int64_t kb, float* sums) {
-  F total[R];
-  for (int r = 0; r < R; r++) total[r] = Simd::Load(sums + r * kRows);
-  MicroBlock<Fmt, R>(a, w, m, kb, total);
-  for (int r = 0; r < R; r++) Simd::Store(sums + r * kRows, total[r]);
-}
-
-template <class Fmt>
-void UnpackedTile(const Matmul& a, int64_t tile) {
+template <class Fmt, class Block>
+void Tile(const Matmul& a, int64_t tile) {
   const int64_t blocks = a.K / Fmt::block;
   const uint8_t* w = a.w + tile * blocks * Fmt::bytes * kRows;
   alignas(64) float sums[kSweepRows * kRows];
   for (int64_t sweep = 0; sweep < a.M; sweep += kSweepRows) {
-    const int64_t rows = a.M - sweep < kSweepRows ? a.M - sweep : kSweepRows;
-    for (int64_t i = 0; i < rows * kRows; i++) sums[i] = 0.0f;
+    const int64_t end = a.M - sweep < kSweepRows ? a.M : sweep + kSweepRows;
+    for (int64_t i = 0; i < (end - sweep) * kRows; i++) sums[i] = 0.0f;
     for (int64_t kb = 0; kb < blocks; kb++) {
-      const Unpacked<Fmt> unpacked(w + kb * Fmt::bytes * kRows);
-      int64_t m = 0;
-      for (; m + Simd::kMicroRows <= rows; m += Simd::kMicroRows)
-        MicroRows<Fmt, Simd::kMicroRows>(a, unpacked, sweep + m, kb, sums + m * kRows);
-      for (; m < rows; m++) MicroRows<Fmt, 1>(a, unpacked, sweep + m, kb, sums + m * kRows);
+      const uint8_t* p = w + kb * Fmt::bytes * kRows;
+      Strips<Fmt, Simd::kStrip>(a, Block(p), sweep, end, kb, sums);
     }
-    for (int64_t m = 0; m < rows; m++) StoreOutputs(a, sweep + m, tile, Simd::Load(sums + m * kRows));
+    for (int64_t m = sweep; m < end; m++) StoreOutputs(a, m, tile, Simd::Load(sums + (m - sweep) * kRows));
   }
 }
 
 template <class Fmt>
 void QuantizedMatmul(const Matmul& a, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; tile++) {
-    if (a.M == 1) {
-      DirectTile<Fmt, 1>(a, tile);
-    } else if (a.M == 2 && Simd::kDirectRows >= 2) {
-      DirectTile<Fmt, 2 <= Simd::kDirectRows ? 2 : 1>(a, tile);
-    } else if (a.M == 4 && Simd::kDirectRows >= 4) {
-      DirectTile<Fmt, 4 <= Simd::kDirectRows ? 4 : 1>(a, tile);
-    } else {
-      UnpackedTile<Fmt>(a, tile);
-    }
+    a.M <= Simd::kStrip ? Tile<Fmt, Direct<Fmt>>(a, tile) : Tile<Fmt, Unpacked<Fmt>>(a, tile);
   }
 }
 
@@ -197,7 +252,7 @@ void FloatTiles(const Matmul& a, int64_t m, int64_t tile) {
 template <class Fmt, int W>
 void FloatRows(const Matmul& a, int64_t tile) {
   int64_t m = 0;
-  constexpr int kRowsAtOnce = Simd::kMicroRows / 2;
+  constexpr int kRowsAtOnce = Simd::kStrip > 1 ? Simd::kStrip / 2 : 1;
   for (; m + kRowsAtOnce <= a.M; m += kRowsAtOnce) FloatTiles<Fmt, kRowsAtOnce, W>(a, m, tile);
   for (; m < a.M; m++) FloatTiles<Fmt, 1, W>(a, m, tile);
 }
@@ -214,13 +269,19 @@ void TakeRow(const uint8_t* w, int64_t K, int64_t row, float* out) {
   const int lane = row % kRows;
   w += (row / kRows) * (K / Fmt::block) * Fmt::bytes * kRows;
   for (int64_t kb = 0; kb < K / Fmt::block; kb++, w += Fmt::bytes * kRows) {
-    F s[Groups<Fmt>()], m[Groups<Fmt>()];
-    Fmt::Scales(w, s, m);
     Unroll<Groups<Fmt>()>([&](auto index) {
       constexpr int g = decltype(index)::value;
       float scale[kRows], minimum[kRows];
-      Simd::Store(scale, s[g]);
-      if (Fmt::has_min) Simd::Store(minimum, m[g]);
+      if constexpr (Fmt::integer) {
+        Simd::Store(scale, Simd::Mul(Fmt::D(w), Simd::ToFloat(Simd::template Widen<Fmt::signed_scale>(Fmt::template Scale<g>(w)))));
+        if constexpr (Fmt::has_min)
+          Simd::Store(minimum, Simd::Mul(Fmt::DMin(w), Simd::ToFloat(Simd::template Widen<false>(Fmt::template Min<g>(w)))));
+      } else {
+        F s[Groups<Fmt>()], m[Groups<Fmt>()];
+        Fmt::Scales(w, s, m);
+        Simd::Store(scale, s[g]);
+        if constexpr (Fmt::has_min) Simd::Store(minimum, m[g]);
+      }
       for (int i = 0; i < Fmt::group / 4; i++) {
         alignas(64) uint8_t codes[64];
         Simd::IStore(codes, Fmt::template Codes<g>(w, i));
@@ -243,10 +304,10 @@ void TakeFloatRow(const uint8_t* w, int64_t K, int64_t row, float* out) {
   }
 }
 
-void Quantize(const float* x, int64_t K, int block, int8_t* q, float* d, int32_t* sum16, int32_t* sum32,
-              float* neg16f, float* neg32f) {
+void Quantize(const float* x, int64_t K, int block, int64_t m, int64_t M, const q4::QuantizedX& out) {
   for (int64_t b = 0; b < K / block; b++) {
     const float* xb = x + b * block;
+    const int64_t row = b * M + m;
     float largest = 0.0f;
     bool finite = true;
     for (int i = 0; i < block; i++) {
@@ -255,7 +316,7 @@ void Quantize(const float* x, int64_t K, int block, int8_t* q, float* d, int32_t
       largest = magnitude > largest ? magnitude : largest;
     }
     // A block with a NaN or infinity makes its outputs NaN: int8 cannot carry either.
-    d[b] = finite ? largest / 127.0f : __builtin_nanf("");
+    out.d[row] = finite ? largest / 127.0f : __builtin_nanf("");
     // 1/d overflows where the largest is subnormal; dividing would cost more than it is worth.
     const float inverse = finite && largest > 1e-36f ? 127.0f / largest : 0.0f;
     for (int i = 0; i < block; i += 16) {
@@ -266,16 +327,12 @@ void Quantize(const float* x, int64_t K, int block, int8_t* q, float* d, int32_t
         int32_t bits;
         __builtin_memcpy(&bits, &shifted, 4);
         const int8_t v = (int8_t)(bits - 0x4B400000);
-        q[b * block + i + j] = finite ? v : 0;
+        out.q[row * block + i + j] = finite ? v : 0;
         sum += finite ? v : 0;
       }
-      const int64_t g = (b * block + i) / 16;
-      sum16[g] = sum;
-      neg16f[g] = (float)-sum;
-      if (g & 1) {
-        sum32[g / 2] = sum16[g - 1] + sum;
-        neg32f[g / 2] = (float)-sum32[g / 2];
-      }
+      const int64_t g = (row * block + i) / 16;
+      out.sum16[g] = (int16_t)sum;
+      if (g & 1) out.sum32[g / 2] = (int16_t)(out.sum16[g - 1] + sum);
     }
   }
 }

@@ -11,7 +11,8 @@ namespace {
 struct Simd {
   struct F { __m256 a, b; };
   struct I { __m256i a, b; };
-  static constexpr int kDirectRows = 2, kMicroRows = 4;
+  using B = __m128i;
+  static constexpr int kStrip = 6;  // rows of x at once: 12 sums, 2 codes, 1 of x in 16 registers
 
   static F Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F Set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -49,13 +50,24 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)p, x.a);
     _mm256_storeu_si256((__m256i*)p + 1, x.b);
   }
-  static I LoadU8(const uint8_t* p) {
-    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+  // A byte of each row.
+  static B BSet(int x) { return _mm_set1_epi8((char)x); }
+  static B BLoad(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+  static B BAnd(B x, B y) { return _mm_and_si128(x, y); }
+  static B BOr(B x, B y) { return _mm_or_si128(x, y); }
+  static B BAdd(B x, B y) { return _mm_add_epi8(x, y); }
+  static B BShl(B x, int n) { return _mm_slli_epi16(x, n); }  // Bits that cross into the next byte
+  static B BShr(B x, int n) { return _mm_srli_epi16(x, n); }  // are for the caller to mask.
+  template <bool is_signed>
+  static I Widen(B x) {
+    const B y = _mm_srli_si128(x, 8);
+    if (is_signed) return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(y)};
+    return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(y)};
   }
-  static I LoadI8(const uint8_t* p) {
-    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
-            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+  // The low byte of each lane.
+  static B Narrow(I x) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
   static I LoadU16(const void* p) {
     const __m128i* q = (const __m128i*)p;
@@ -68,29 +80,63 @@ struct Simd {
   static I MulI(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
   static I Shl(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
   static I Shr(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+  static I SubI(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
   static F ToFloat(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   static I Lookup(I codes, const uint8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return {_mm256_shuffle_epi8(t, codes.a), _mm256_shuffle_epi8(t, codes.b)};
   }
-  template <bool wide>
-  static I Dot(I acc, I codes, int32_t x) {
-    const __m256i xs = _mm256_set1_epi32(x);
-    return {DotHalf<wide>(acc.a, codes.a, xs), DotHalf<wide>(acc.b, codes.b, xs)};
-  }
 
- private:
-  // maddubs adds two u8*s8 products in 16 bits and saturates: safe for codes <= 127 (2*127*127 <
-  // 2^15); wider codes go nibble by nibble.
-  template <bool wide>
-  static __m256i DotHalf(__m256i acc, __m256i codes, __m256i x) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    if (!wide) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones));
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x);
-    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi32(codes, 4), mask), x);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, ones));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+  // Products of unsigned codes below 2^bits with signed bytes. Sums stay in 16 bits for kChain steps
+  // (each adds at most 2 * (2^bits - 1) * 128) and are then widened, times a scale, in one
+  // instruction. Codes of 8 bits go as two planes of 4.
+  template <int bits>
+  static constexpr int kPlanes = bits > 6 ? 2 : 1;
+  template <int bits>
+  static constexpr int kChain = bits == 5 ? 4 : bits == 6 ? 2 : 8;
+  template <int bits, int plane>
+  static I Plane(I codes) {
+    return bits <= 6 ? codes : And(plane ? Shr(codes, 4) : codes, ISet(0x0f0f0f0f));
+  }
+  static I Begin(I) { return ISet(0); }
+  static I Dot(I sum, I codes, int32_t x) {
+    const __m256i xs = _mm256_set1_epi32(x);
+    sum = {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(codes.a, xs)),
+           _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(codes.b, xs))};
+    asm("" : "+x"(sum.a), "+x"(sum.b));  // Else GCC makes a tree of the chain, and spills it.
+    return sum;
+  }
+  template <int plane>
+  static I End(I total, I sum) { return AddScaled<0>(total, sum, ISet(plane ? 0x00100010 : 0x00010001)); }
+  // What AddScaled takes for scales in bytes: each twice in its lane.
+  template <bool is_signed>
+  static I Multiplier(B scale) {
+    const __m256i twice = _mm256_broadcastsi128_si256(scale);
+    const __m256i at = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
+                                        -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
+    const __m256i a = _mm256_shuffle_epi8(twice, at);
+    const __m256i b = _mm256_shuffle_epi8(twice, _mm256_add_epi8(at, _mm256_set1_epi16(0x0800)));
+    if (is_signed) return {_mm256_srai_epi16(a, 8), _mm256_srai_epi16(b, 8)};
+    return {_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)};
+  }
+  template <int plane>
+  static I AddScaled(I total, I sum, I multiplier) {
+    if (plane) multiplier = {_mm256_slli_epi16(multiplier.a, 4), _mm256_slli_epi16(multiplier.b, 4)};
+    return {_mm256_add_epi32(total.a, _mm256_madd_epi16(sum.a, multiplier.a)),
+            _mm256_add_epi32(total.b, _mm256_madd_epi16(sum.b, multiplier.b))};
+  }
+  // The bytes of `low` and `high` times 2^shift in the halves of each lane, and total + their products
+  // with the halves of x.
+  template <bool is_signed, int shift>
+  static I Pair(B low, B high) {
+    const B a = _mm_unpacklo_epi8(low, high), b = _mm_unpackhi_epi8(low, high);
+    if (!is_signed) return {_mm256_cvtepu8_epi16(a), _mm256_cvtepu8_epi16(b)};
+    return {_mm256_slli_epi16(_mm256_cvtepi8_epi16(a), shift), _mm256_slli_epi16(_mm256_cvtepi8_epi16(b), shift)};
+  }
+  static I AddPairs(I total, I pair, int32_t x) {
+    const __m256i xs = _mm256_set1_epi32(x);
+    return {_mm256_add_epi32(total.a, _mm256_madd_epi16(pair.a, xs)),
+            _mm256_add_epi32(total.b, _mm256_madd_epi16(pair.b, xs))};
   }
 };
 

@@ -11,7 +11,8 @@ namespace {
 struct Simd {
   using F = __m512;
   using I = __m512i;
-  static constexpr int kDirectRows = 4, kMicroRows = 8;
+  using B = __m128i;
+  static constexpr int kStrip = 8;  // rows of x at once
 
   static F Zero() { return _mm512_setzero_ps(); }
   static F Set(float x) { return _mm512_set1_ps(x); }
@@ -36,8 +37,18 @@ struct Simd {
   static I ISet(int32_t x) { return _mm512_set1_epi32(x); }
   static I ILoad(const void* p) { return _mm512_loadu_si512(p); }
   static void IStore(void* p, I x) { _mm512_storeu_si512(p, x); }
-  static I LoadU8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-  static I LoadI8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  // A byte of each row.
+  static B BSet(int x) { return _mm_set1_epi8((char)x); }
+  static B BLoad(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+  static B BAnd(B x, B y) { return _mm_and_si128(x, y); }
+  static B BOr(B x, B y) { return _mm_or_si128(x, y); }
+  static B BAdd(B x, B y) { return _mm_add_epi8(x, y); }
+  static B BShl(B x, int n) { return _mm_slli_epi16(x, n); }  // Bits that cross into the next byte
+  static B BShr(B x, int n) { return _mm_srli_epi16(x, n); }  // are for the caller to mask.
+  template <bool is_signed>
+  static I Widen(B x) { return is_signed ? _mm512_cvtepi8_epi32(x) : _mm512_cvtepu8_epi32(x); }
+  // The low byte of each lane.
+  static B Narrow(I x) { return _mm512_cvtepi32_epi8(x); }
   static I LoadU16(const void* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   }
@@ -48,14 +59,34 @@ struct Simd {
   static I MulI(I x, I y) { return _mm512_mullo_epi32(x, y); }
   static I Shl(I x, int n) { return _mm512_slli_epi32(x, n); }
   static I Shr(I x, int n) { return _mm512_srli_epi32(x, n); }
+  static I SubI(I x, I y) { return _mm512_sub_epi32(x, y); }
   static F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
   static I Lookup(I codes, const uint8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), codes);
   }
-  template <bool wide>
-  static I Dot(I acc, I codes, int32_t x) {
-    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x));
+
+  // Products of unsigned codes with signed bytes: VNNI sums in 32 bits. See simd_avx2.h, which needs
+  // more care.
+  template <int bits>
+  static constexpr int kPlanes = 1;
+  template <int bits>
+  static constexpr int kChain = 64;
+  template <int bits, int plane>
+  static I Plane(I codes) { return codes; }
+  static I Begin(I total) { return total; }
+  static I Dot(I sum, I codes, int32_t x) { return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x)); }
+  template <int plane>
+  static I End(I, I sum) { return sum; }
+  template <bool is_signed>
+  static I Multiplier(B scale) { return Widen<is_signed>(scale); }
+  template <int plane>
+  static I AddScaled(I total, I sum, I multiplier) { return AddI(total, MulI(sum, multiplier)); }
+  template <bool is_signed, int shift>
+  static I Pair(B low, B high) {
+    const __m256i x = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+    return is_signed ? _mm512_slli_epi16(_mm512_cvtepi8_epi16(x), shift) : _mm512_cvtepu8_epi16(x);
   }
+  static I AddPairs(I total, I pair, int32_t x) { return _mm512_dpwssd_epi32(total, pair, _mm512_set1_epi32(x)); }
 };
 
 }  // namespace

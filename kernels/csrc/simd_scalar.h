@@ -48,7 +48,8 @@ struct Simd {
   typedef float F __attribute__((vector_size(64)));
   typedef uint32_t I __attribute__((vector_size(64)));
   typedef int32_t Signed __attribute__((vector_size(64)));
-  static constexpr int kDirectRows = 1, kMicroRows = 2;
+  typedef uint8_t B __attribute__((vector_size(16)));
+  static constexpr int kStrip = 1;  // rows of x at once
 
   static F Zero() { return F{}; }
   static F Set(float x) { return x - F{}; }
@@ -81,12 +82,22 @@ struct Simd {
   static I ISet(int32_t x) { return (uint32_t)x + I{}; }
   static I ILoad(const void* p) { I r; __builtin_memcpy(&r, p, 64); return r; }
   static void IStore(void* p, I a) { __builtin_memcpy(p, &a, 64); }
-  static __attribute__((noinline)) I LoadU8(const uint8_t* p) { I r; for (int i = 0; i < 16; i++) r[i] = p[i]; return r; }
-  static __attribute__((noinline)) I LoadI8(const uint8_t* p) {
+  // A byte of each row.
+  static B BSet(int x) { return (uint8_t)x + B{}; }
+  static B BLoad(const uint8_t* p) { B r; __builtin_memcpy(&r, p, 16); return r; }
+  static B BAnd(B a, B b) { return a & b; }
+  static B BOr(B a, B b) { return a | b; }
+  static B BAdd(B a, B b) { return a + b; }
+  static B BShl(B a, int n) { return a << n; }
+  static B BShr(B a, int n) { return a >> n; }
+  template <bool is_signed>
+  static __attribute__((noinline)) I Widen(B a) {
     I r;
-    for (int i = 0; i < 16; i++) r[i] = (uint32_t)(int32_t)(int8_t)p[i];
+    for (int i = 0; i < 16; i++) r[i] = is_signed ? (uint32_t)(int32_t)(int8_t)a[i] : a[i];
     return r;
   }
+  // The low byte of each lane.
+  static B Narrow(I a) { B r; for (int i = 0; i < 16; i++) r[i] = (uint8_t)a[i]; return r; }
   static __attribute__((noinline)) I LoadU16(const void* p) {
     uint16_t h[16];
     __builtin_memcpy(h, p, 32);
@@ -101,6 +112,7 @@ struct Simd {
   static I MulI(I a, I b) { return a * b; }
   static I Shl(I a, int n) { return a << n; }
   static I Shr(I a, int n) { return a >> n; }
+  static I SubI(I a, I b) { return a - b; }
   static F ToFloat(I a) { return __builtin_convertvector((Signed)a, F); }
   // Each byte of `codes` (0..15) replaced by table[code].
   static __attribute__((noinline)) I Lookup(I codes, const uint8_t* table) {
@@ -109,14 +121,34 @@ struct Simd {
     for (int i = 0; i < 64; i++) b[i] = table[b[i] & 15];
     return ILoad(b);
   }
-  // acc[lane] += sum over 4 bytes of unsigned codes times the signed bytes of x.
-  // wide: the codes may exceed 127 (matters to AVX2 only).
-  template <bool wide>
-  static __attribute__((noinline)) I Dot(I acc, I codes, int32_t x) {
-    acc += (codes & 255) * (uint32_t)(int32_t)(int8_t)x;
-    acc += (codes >> 8 & 255) * (uint32_t)(int32_t)(int8_t)(x >> 8);
-    acc += (codes >> 16 & 255) * (uint32_t)(int32_t)(int8_t)(x >> 16);
-    return acc + (codes >> 24) * (uint32_t)(x >> 24);
+
+  // Products of unsigned codes with signed bytes. See simd_avx2.h.
+  template <int bits>
+  static constexpr int kPlanes = 1;
+  template <int bits>
+  static constexpr int kChain = 64;
+  template <int bits, int plane>
+  static I Plane(I codes) { return codes; }
+  static I Begin(I total) { return total; }
+  static __attribute__((noinline)) I Dot(I sum, I codes, int32_t x) {
+    sum += (codes & 255) * (uint32_t)(int32_t)(int8_t)x;
+    sum += (codes >> 8 & 255) * (uint32_t)(int32_t)(int8_t)(x >> 8);
+    sum += (codes >> 16 & 255) * (uint32_t)(int32_t)(int8_t)(x >> 16);
+    return sum + (codes >> 24) * (uint32_t)(x >> 24);
+  }
+  template <int plane>
+  static I End(I, I sum) { return sum; }
+  template <bool is_signed>
+  static I Multiplier(B scale) { return Widen<is_signed>(scale); }
+  template <int plane>
+  static I AddScaled(I total, I sum, I multiplier) { return total + sum * multiplier; }
+  template <bool is_signed, int shift>
+  static I Pair(B low, B high) {
+    return (Widen<is_signed>(low) << shift & 0xffff) | Widen<is_signed>(high) << shift << 16;
+  }
+  static I AddPairs(I total, I pair, int32_t x) {
+    const I low = (I)((Signed)(pair << 16) >> 16), high = (I)((Signed)pair >> 16);
+    return total + low * (uint32_t)(int32_t)(int16_t)x + high * (uint32_t)(x >> 16);
   }
 };
 
