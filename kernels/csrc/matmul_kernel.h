@@ -23,11 +23,24 @@ inline int32_t Load4(const void* p) {
   return v;
 }
 
+// What the sums over a block depend on; formats of the same shape share them.
 template <class Fmt>
-constexpr int Groups() { return Fmt::block / Fmt::group; }
+constexpr int kGroups = Fmt::block / Fmt::group;
 
+template <int kBlock, int kGroup, int kBits, int kOffset, bool kMin, bool kInteger>
+struct Shape {
+  static constexpr int block = kBlock, group = kGroup, bits = kBits, offset = kOffset;
+  static constexpr bool has_min = kMin, integer = kInteger;
+};
+template <class Fmt>
+using ShapeOf = Shape<Fmt::block, Fmt::group, Fmt::bits, Fmt::offset, Fmt::has_min, Fmt::integer>;
+
+// An integer known when compiling, as an argument.
 template <int i>
-struct Int { static constexpr int value = i; };
+struct Int {
+  static constexpr int value = i;
+  constexpr operator int() const { return i; }
+};
 
 // body(Int<0>()), ... body(Int<n - 1>()): the index is a constant, so that each group's shifts and
 // addresses are immediate operands.
@@ -40,67 +53,87 @@ Q4_INLINE void Unroll(const Body& body) {
 }
 
 // The scales of one block of sixteen rows, ready to multiply.
-template <class Fmt, bool integer = Fmt::integer>
+template <class S, bool integer = S::integer>
 struct Scales {
-  F s[Groups<Fmt>()], m[Groups<Fmt>()];
-  explicit Scales(const uint8_t* p) { Fmt::Scales(p, s, m); }
+  F s[kGroups<S>], m[kGroups<S>];
+};
+
+template <class S>
+struct Scales<S, true> {
+  F d, dmin;
+  I scale[kGroups<S>];     // as AddScaled takes them
+  I pair[kGroups<S> / 2];  // the minimums, or offset * scale, of two groups
 };
 
 template <class Fmt>
-struct Scales<Fmt, true> {
-  F d, dmin;
-  I scale[Groups<Fmt>()];      // as AddScaled takes them
-  I pair[Groups<Fmt>() / 2];   // the minimums, or offset * scale, of two groups
-  explicit Scales(const uint8_t* p) {
-    d = Fmt::D(p);
-    if constexpr (Fmt::has_min) dmin = Fmt::DMin(p);
-    Unroll<Groups<Fmt>() / 2>([&](auto index) Q4_LAMBDA {
-      constexpr int g = 2 * decltype(index)::value;
+Q4_INLINE void LoadScales(const uint8_t* p, Scales<ShapeOf<Fmt>>& out) {
+  if constexpr (!Fmt::integer) {
+    Fmt::Scales(p, out.s, out.m);
+  } else {
+    out.d = Fmt::D(p);
+    if constexpr (Fmt::has_min) out.dmin = Fmt::DMin(p);
+    Unroll<kGroups<Fmt> / 2>([&](auto index) Q4_LAMBDA {
+      constexpr int g = 2 * index.value;
       const B a = Fmt::template Scale<g>(p), b = Fmt::template Scale<g + 1>(p);
-      scale[g] = Simd::template Multiplier<Fmt::signed_scale>(a);
-      scale[g + 1] = Simd::template Multiplier<Fmt::signed_scale>(b);
+      out.scale[g] = Simd::template Multiplier<Fmt::signed_scale>(a);
+      out.scale[g + 1] = Simd::template Multiplier<Fmt::signed_scale>(b);
       if constexpr (Fmt::has_min) {
-        pair[g / 2] = Simd::template Pair<false, 0>(Fmt::template Min<g>(p), Fmt::template Min<g + 1>(p));
+        out.pair[g / 2] = Simd::template Pair<false, 0>(Fmt::template Min<g>(p), Fmt::template Min<g + 1>(p));
       } else {  // The offsets are powers of two.
-        pair[g / 2] = Simd::template Pair<true, __builtin_ctz(Fmt::offset)>(a, b);
+        out.pair[g / 2] = Simd::template Pair<true, __builtin_ctz(Fmt::offset)>(a, b);
       }
     });
   }
-};
+}
 
-// A block whose codes are read where they lie: for few rows of x.
+// A block whose codes are read where they lie, for one or two rows of x: each group's shifts and
+// addresses are constants.
 template <class Fmt>
-struct Direct : Scales<Fmt> {
+struct Direct : Scales<ShapeOf<Fmt>> {
+  using Shape = ShapeOf<Fmt>;
   const uint8_t* p;
-  explicit Direct(const uint8_t* block) : Scales<Fmt>(block), p(block) {
+  explicit Direct(const uint8_t* block) : p(block) {
+    LoadScales<Fmt>(p, *this);
     // The hardware's own stream ends with each page.
     for (int line = 0; line < Fmt::bytes * kRows; line += 64) __builtin_prefetch(p + kAhead + line);
   }
-  template <int g, int plane>
-  Q4_INLINE I Codes(int i) const { return Simd::template Plane<Fmt::bits, plane>(Fmt::template Codes<g>(p, i)); }
+  template <class Body>
+  Q4_INLINE void ForGroups(const Body& body) const { Unroll<kGroups<Fmt>>(body); }
+  template <class G, int plane>
+  Q4_INLINE I Codes(G, Int<plane>, int i) const {
+    return Simd::template Plane<Fmt::bits, plane>(Fmt::template Codes<G::value>(p, i));
+  }
 };
 
-// The same, its codes unpacked once for many rows.
-template <class Fmt>
-struct Unpacked : Scales<Fmt> {
-  static constexpr int kPlanes = Simd::kPlanes<Fmt::bits>;
-  alignas(64) uint8_t codes[kPlanes][Fmt::block * kRows];
-  explicit Unpacked(const uint8_t* p) : Scales<Fmt>(p) {
-    Unroll<Groups<Fmt>()>([&](auto index) Q4_LAMBDA {
-      constexpr int g = decltype(index)::value;
-#pragma GCC unroll 8
-      for (int i = 0; i < Fmt::group / 4; i++) {
-        const I all = Fmt::template Codes<g>(p, i);
-        Unroll<kPlanes>([&](auto plane) Q4_LAMBDA {
-          Simd::IStore(codes[plane.value] + kRows * (g * Fmt::group + 4 * i),
-                       Simd::template Plane<Fmt::bits, plane.value>(all));
-        });
-      }
-    });
+// The same, its codes unpacked once for many rows, in short loops.
+template <class S>
+struct Unpacked : Scales<S> {
+  using Shape = S;
+  static constexpr int kPlanes = Simd::kPlanes<S::bits>;
+  alignas(64) uint8_t codes[kPlanes][S::block * kRows];
+  template <class Body>
+  Q4_INLINE void ForGroups(const Body& body) const {
+#pragma GCC unroll 1
+    for (int g = 0; g < kGroups<S>; g++) body(g);
   }
-  template <int g, int plane>
-  Q4_INLINE I Codes(int i) const { return Simd::ILoad(codes[plane] + kRows * (g * Fmt::group + 4 * i)); }
+  Q4_INLINE I Codes(int g, int plane, int i) const {
+    return Simd::ILoad(codes[plane] + kRows * (g * S::group + 4 * i));
+  }
 };
+
+template <class Fmt>
+void Unpack(const uint8_t* p, Unpacked<ShapeOf<Fmt>>& out) {
+  LoadScales<Fmt>(p, out);
+  Unroll<kGroups<Fmt>>([&](auto g) Q4_LAMBDA {
+#pragma GCC unroll 8
+    for (int i = 0; i < Fmt::group / 4; i++) {
+      const I all = Fmt::template Codes<g.value>(p, i);
+      Unroll<out.kPlanes>([&](auto plane) Q4_LAMBDA {
+        Simd::IStore(out.codes[plane] + kRows * (g * Fmt::group + 4 * i), Simd::template Plane<Fmt::bits, plane.value>(all));
+      });
+    }
+  });
+}
 
 // body(r) for r in 0 .. R - 1, unrolled by the front end so that arrays over r become registers.
 template <int R, class Body>
@@ -108,71 +141,68 @@ Q4_INLINE void Rows(const Body& body) {
   Unroll<R>([&](auto r) Q4_LAMBDA { body(r.value); });
 }
 
-// sum[r] += the products of `steps` times 4 weights of group g with R rows of x, q[r * block ...].
-template <class Fmt, int g, int plane, int first, int steps, int R, class Block>
-Q4_INLINE void Chain(const Block& w, const int8_t* q, I* sum) {
-  Unroll<steps>([&](auto step) Q4_LAMBDA {
-    constexpr int i = first + step.value;
-    const I codes = w.template Codes<g, plane>(i);
-    Rows<R>([&](int r) Q4_LAMBDA {
-      sum[r] = Simd::Dot(sum[r], codes, Load4(q + r * Fmt::block + g * Fmt::group + 4 * i));
-    });
-  });
-}
-
 // total[r] += x[m0 + r] . block `kb`, for R rows of x.
-template <class Fmt, int R, class Block>
+template <int R, class Block, class S = typename Block::Shape>
 Q4_INLINE void MicroBlock(const Matmul& a, const Block& w, int64_t m0, int64_t kb, F* total) {
-  constexpr int kGroups = Groups<Fmt>(), kSteps = Fmt::group / 4;
-  constexpr int kChain = Simd::kChain<Fmt::bits> < kSteps ? Simd::kChain<Fmt::bits> : kSteps;
-  constexpr int kChains = kSteps / kChain, kPlanes = Simd::kPlanes<Fmt::bits>;
+  constexpr int groups = kGroups<S>, kSteps = S::group / 4, kPlanes = Simd::kPlanes<S::bits>;
+  constexpr int kChain = Simd::kChain<S::bits> < kSteps ? Simd::kChain<S::bits> : kSteps;
   const int64_t row = kb * a.M + m0;
-  const int8_t* q = a.qx.q + row * Fmt::block;
+  const int8_t* q = a.qx.q + row * S::block;
   const float* d = a.qx.d + row;
-  const int16_t* sums = (Fmt::group == 16 ? a.qx.sum16 : a.qx.sum32) + row * kGroups;
-  if constexpr (Fmt::integer) {
+  const int16_t* sums = (S::group == 16 ? a.qx.sum16 : a.qx.sum32) + row * groups;
+
+  // begin(r) gives a chain its start and end(r, plane, sum) takes its sum, for every chain of group g.
+  const auto chains = [&](auto g, const auto& begin, const auto& end) Q4_LAMBDA {
+    Unroll<kPlanes * (kSteps / kChain)>([&](auto index) Q4_LAMBDA {
+      constexpr int plane = index.value * kChain / kSteps, first = index.value * kChain % kSteps;
+      I sum[R];
+      Rows<R>([&](int r) Q4_LAMBDA { sum[r] = begin(r); });
+      Unroll<kChain>([&](auto step) Q4_LAMBDA {
+        const I codes = w.Codes(g, Int<plane>(), first + step);
+        Rows<R>([&](int r) Q4_LAMBDA {
+          sum[r] = Simd::Dot(sum[r], codes, Load4(q + r * S::block + g * S::group + 4 * (first + step)));
+        });
+      });
+      Rows<R>([&](int r) Q4_LAMBDA { end(r, Int<plane>(), sum[r]); });
+    });
+  };
+
+  if constexpr (S::integer) {
     I whole[R];
     Rows<R>([&](int r) Q4_LAMBDA { whole[r] = Simd::ISet(0); });
-    Unroll<kGroups * kPlanes * kChains>([&](auto index) Q4_LAMBDA {
-      constexpr int g = index.value / kChains / kPlanes, plane = index.value / kChains % kPlanes;
-      I sum[R];
-      Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::ISet(0); });
-      Chain<Fmt, g, plane, index.value % kChains * kChain, kChain, R>(w, q, sum);
-      Rows<R>([&](int r) Q4_LAMBDA {
-        whole[r] = Simd::template AddScaled<plane>(whole[r], sum[r], w.scale[g]);
-      });
+    w.ForGroups([&](auto g) Q4_LAMBDA {
+      chains(
+          g, [](int) Q4_LAMBDA { return Simd::ISet(0); },
+          [&](int r, auto plane, I sum) Q4_LAMBDA {
+            whole[r] = Simd::template AddScaled<plane.value>(whole[r], sum, w.scale[g]);
+          });
     });
     Rows<R>([&](int r) Q4_LAMBDA {
       I low = Simd::ISet(0);
-      Unroll<kGroups / 2>([&](auto j) Q4_LAMBDA {
-        low = Simd::AddPairs(low, w.pair[j.value], Load4(sums + r * kGroups + 2 * j.value));
+      Unroll<groups / 2>([&](auto j) Q4_LAMBDA {
+        low = Simd::AddPairs(low, w.pair[j], Load4(sums + r * groups + 2 * j));
       });
-      const F dx = Simd::Set(d[r]);
-      if constexpr (Fmt::has_min) {
-        total[r] = Simd::Fma(Simd::ToFloat(whole[r]), Simd::Mul(w.d, dx), total[r]);
+      const F scale = Simd::Mul(w.d, Simd::Set(d[r]));
+      if constexpr (S::has_min) {
+        total[r] = Simd::Fma(Simd::ToFloat(whole[r]), scale, total[r]);
         total[r] = Simd::Fma(Simd::ToFloat(low), Simd::Mul(w.dmin, Simd::Set(-d[r])), total[r]);
       } else {
-        total[r] = Simd::Fma(Simd::ToFloat(Simd::SubI(whole[r], low)), Simd::Mul(w.d, dx), total[r]);
+        total[r] = Simd::Fma(Simd::ToFloat(Simd::SubI(whole[r], low)), scale, total[r]);
       }
     });
   } else {
     F part[R];
     Rows<R>([&](int r) Q4_LAMBDA { part[r] = Simd::Zero(); });
-    Unroll<kGroups>([&](auto index) Q4_LAMBDA {
-      constexpr int g = index.value;
+    w.ForGroups([&](auto g) Q4_LAMBDA {
       I dot[R];
-      Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::ISet(Fmt::offset ? -Fmt::offset * sums[r * kGroups + g] : 0); });
-      Unroll<kPlanes * kChains>([&](auto which) Q4_LAMBDA {
-        constexpr int plane = which.value / kChains;
-        I sum[R];
-        Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Begin(dot[r]); });
-        Chain<Fmt, g, plane, which.value % kChains * kChain, kChain, R>(w, q, sum);
-        Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::template End<plane>(dot[r], sum[r]); });
-      });
+      Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::ISet(S::offset ? -S::offset * sums[r * groups + g] : 0); });
+      chains(
+          g, [&](int r) Q4_LAMBDA { return Simd::Begin(dot[r]); },
+          [&](int r, auto plane, I sum) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum); });
       Rows<R>([&](int r) Q4_LAMBDA {
         part[r] = Simd::Fma(Simd::ToFloat(dot[r]), w.s[g], part[r]);
-        if constexpr (Fmt::has_min)
-          part[r] = Simd::Fma(w.m[g], Simd::Set((float)-sums[r * kGroups + g]), part[r]);
+        if constexpr (S::has_min)
+          part[r] = Simd::Fma(w.m[g], Simd::Set((float)-sums[r * groups + g]), part[r]);
       });
     });
     Rows<R>([&](int r) Q4_LAMBDA { total[r] = Simd::Fma(part[r], Simd::Set(d[r]), total[r]); });
@@ -189,31 +219,43 @@ inline void StoreOutputs(const Matmul& a, int64_t m, int64_t tile, F value) {
 }
 
 // Rows m .. end of x times block `kb`, R at a time, the rest in smaller strips.
-template <class Fmt, int R, class Block>
+template <int R, class Block>
 void Strips(const Matmul& a, const Block& w, int64_t m, int64_t end, int64_t kb, float* sums) {
   for (; m + R <= end; m += R, sums += R * kRows) {
     F total[R];
     for (int r = 0; r < R; r++) total[r] = Simd::Load(sums + r * kRows);
-    MicroBlock<Fmt, R>(a, w, m, kb, total);
+    MicroBlock<R>(a, w, m, kb, total);
     for (int r = 0; r < R; r++) Simd::Store(sums + r * kRows, total[r]);
   }
   if constexpr (R > 1) {
     constexpr int kNext = R > 4 ? 4 : R / 2;  // 6 or 8, 4, 2, 1
-    if (m < end) Strips<Fmt, kNext>(a, w, m, end, kb, sums);
+    if (m < end) Strips<kNext>(a, w, m, end, kb, sums);
   }
 }
 
-template <class Fmt, class Block>
-void Tile(const Matmul& a, int64_t tile) {
+// One or two rows of x.
+template <class Fmt, int R>
+void DirectTile(const Matmul& a, int64_t tile) {
+  const int64_t blocks = a.K / Fmt::block;
+  const uint8_t* w = a.w + tile * blocks * Fmt::bytes * kRows;
+  F total[R];
+  for (int r = 0; r < R; r++) total[r] = Simd::Zero();
+  for (int64_t kb = 0; kb < blocks; kb++) MicroBlock<R>(a, Direct<Fmt>(w + kb * Fmt::bytes * kRows), 0, kb, total);
+  for (int r = 0; r < R; r++) StoreOutputs(a, r, tile, total[r]);
+}
+
+template <class Fmt>
+void UnpackedTile(const Matmul& a, int64_t tile) {
   const int64_t blocks = a.K / Fmt::block;
   const uint8_t* w = a.w + tile * blocks * Fmt::bytes * kRows;
   alignas(64) float sums[kSweepRows * kRows];
+  Unpacked<ShapeOf<Fmt>> block;
   for (int64_t sweep = 0; sweep < a.M; sweep += kSweepRows) {
     const int64_t end = a.M - sweep < kSweepRows ? a.M : sweep + kSweepRows;
     for (int64_t i = 0; i < (end - sweep) * kRows; i++) sums[i] = 0.0f;
     for (int64_t kb = 0; kb < blocks; kb++) {
-      const uint8_t* p = w + kb * Fmt::bytes * kRows;
-      Strips<Fmt, Simd::kStrip>(a, Block(p), sweep, end, kb, sums);
+      Unpack<Fmt>(w + kb * Fmt::bytes * kRows, block);
+      Strips<Simd::kStrip>(a, block, sweep, end, kb, sums);
     }
     for (int64_t m = sweep; m < end; m++) StoreOutputs(a, m, tile, Simd::Load(sums + (m - sweep) * kRows));
   }
@@ -222,7 +264,13 @@ void Tile(const Matmul& a, int64_t tile) {
 template <class Fmt>
 void QuantizedMatmul(const Matmul& a, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; tile++) {
-    a.M <= Simd::kStrip ? Tile<Fmt, Direct<Fmt>>(a, tile) : Tile<Fmt, Unpacked<Fmt>>(a, tile);
+    if (a.M == 1) {
+      DirectTile<Fmt, 1>(a, tile);
+    } else if (a.M == 2) {
+      DirectTile<Fmt, 2>(a, tile);
+    } else {
+      UnpackedTile<Fmt>(a, tile);
+    }
   }
 }
 
@@ -269,7 +317,7 @@ void TakeRow(const uint8_t* w, int64_t K, int64_t row, float* out) {
   const int lane = row % kRows;
   w += (row / kRows) * (K / Fmt::block) * Fmt::bytes * kRows;
   for (int64_t kb = 0; kb < K / Fmt::block; kb++, w += Fmt::bytes * kRows) {
-    Unroll<Groups<Fmt>()>([&](auto index) {
+    Unroll<kGroups<Fmt>>([&](auto index) {
       constexpr int g = decltype(index)::value;
       float scale[kRows], minimum[kRows];
       if constexpr (Fmt::integer) {
@@ -277,7 +325,7 @@ void TakeRow(const uint8_t* w, int64_t K, int64_t row, float* out) {
         if constexpr (Fmt::has_min)
           Simd::Store(minimum, Simd::Mul(Fmt::DMin(w), Simd::ToFloat(Simd::template Widen<false>(Fmt::template Min<g>(w)))));
       } else {
-        F s[Groups<Fmt>()], m[Groups<Fmt>()];
+        F s[kGroups<Fmt>], m[kGroups<Fmt>];
         Fmt::Scales(w, s, m);
         Simd::Store(scale, s[g]);
         if constexpr (Fmt::has_min) Simd::Store(minimum, m[g]);
