@@ -15,8 +15,18 @@ namespace q4 {
 namespace {
 
 // Weights of a block and bytes of a block, by Format.
-constexpr int kBlockSize[kNumFormats] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256, 32, 256};
-constexpr int kBlockBytes[kNumFormats] = {4, 2, 2, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210, 18, 136};
+struct BlockSizes {
+  int weights[kNumFormats] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256, 32, 256};
+  int bytes[kNumFormats] = {4, 2, 2, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210, 18, 136};
+  constexpr BlockSizes() {
+    for (int f = kGroupwise; f < kNumFormats; f++) weights[f] = Groupwise(f).block(), bytes[f] = Groupwise(f).bytes();
+  }
+};
+constexpr BlockSizes kBlocks;
+constexpr const int* kBlockSize = kBlocks.weights;
+constexpr const int* kBlockBytes = kBlocks.bytes;
+
+bool HasGroupsOf8(int64_t format) { return format >= kGroupwise && Groupwise(format).group == 8; }
 
 // 0 = the best this processor has; otherwise 1 + index into this order.
 const Kernels* Select(int64_t isa) {
@@ -40,13 +50,21 @@ int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_th
 struct Activations {
   std::vector<int8_t> q;
   std::vector<float> d;
-  std::vector<int16_t> sum16, sum32;
+  std::vector<int16_t> sum8, sum16, sum32;
 
   void Resize(int64_t M, int64_t K) {
     q.resize(M * K), d.resize(M * (K / 32));
     sum16.resize(M * (K / 16)), sum32.resize(M * (K / 32));
   }
-  QuantizedX View() { return {q.data(), d.data(), sum16.data(), sum32.data()}; }
+  void SumsOf8(int64_t M, int64_t K) {
+    sum8.resize(M * (K / 8));
+    for (int64_t g = 0; g < M * (K / 8); g++) {
+      int sum = 0;
+      for (int j = 0; j < 8; j++) sum += q[8 * g + j];
+      sum8[g] = (int16_t)sum;
+    }
+  }
+  QuantizedX View() { return {q.data(), d.data(), sum8.data(), sum16.data(), sum32.data()}; }
 };
 
 ffi::Error CheckWeight(const ffi::Buffer<ffi::U8>& w, int64_t format, int64_t K, int64_t N) {
@@ -68,7 +86,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
 
   std::vector<Matmul> calls(ws.size());
-  bool need32 = false, need256 = false;
+  bool need32 = false, need256 = false, need8 = false;
   for (size_t i = 0; i < ws.size(); i++) {
     auto w = ws.get<ffi::Buffer<ffi::U8>>(i);
     auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
@@ -79,6 +97,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     calls[i] = {w->typed_data(), x.typed_data(), {}, (*y)->typed_data(), M, K, dims[1]};
     need32 |= kBlockSize[formats[i]] == 32;
     need256 |= kBlockSize[formats[i]] == 256;
+    need8 |= HasGroupsOf8(formats[i]);
   }
   if (M == 0) return ffi::Error::Success();
 
@@ -93,6 +112,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
       if (need256) kernels->quantize(x.typed_data() + m * K, K, 256, m, M, a256.View());
     });
   }
+  if (need8) a32.SumsOf8(M, K);  // Their blocks have 32 weights.
 
   // Cut all outputs into pieces of about equal bytes, several for each thread, so that a thread
   // that is held up leaves its share to the others.

@@ -149,7 +149,7 @@ Q4_INLINE void MicroBlock(const Matmul& a, const Block& w, int64_t m0, int64_t k
   const int64_t row = kb * a.M + m0;
   const int8_t* q = a.qx.q + row * S::block;
   const float* d = a.qx.d + row;
-  const int16_t* sums = (S::group == 16 ? a.qx.sum16 : a.qx.sum32) + row * groups;
+  const int16_t* sums = (S::group == 8 ? a.qx.sum8 : S::group == 16 ? a.qx.sum16 : a.qx.sum32) + row * groups;
 
   // begin(r) gives a chain its start and end(r, plane, sum) takes its sum, for every chain of group g.
   const auto chains = [&](auto g, const auto& begin, const auto& end) Q4_LAMBDA {
