@@ -80,7 +80,7 @@ def test_nothing_compiles_while_the_clock_runs(
       # The test began behind its depth, which the cache holds. (Some tokens have keys of zeros.)
       end = test.n_depth + test.tokens
       assert int(state.length[0]) == end
-      used = np.abs(np.asarray(state.caches[0][0][0], np.float32)).sum(axis=(0, 2)) > 0
+      used = np.abs(np.asarray(state.cache[0][0, 0], np.float32)).sum(axis=(0, 2)) > 0
       assert used[: test.n_depth].any() == (test.n_depth > 0) and used[test.n_depth : end].any()
       assert not used[end + 16 :].any()
       return seconds, state

@@ -119,9 +119,9 @@ def test_decoding_updates_the_cache_in_place(model: Model) -> None:
   tokens = np.array([PROMPT[:16]], np.int32)
   state, hidden = programs.prefill(model.leaves, state, tokens, np.array([16], np.int32), hidden)
   state, _ = programs.first(model.leaves, state, hidden, params, jnp.array([9]), stops)
-  before = [a.unsafe_buffer_pointer() for cache in state.caches for a in cache]
+  before = [a.unsafe_buffer_pointer() for a in state.cache]
   state, _ = programs.decode(model.leaves, state, params, stops)
-  assert [a.unsafe_buffer_pointer() for cache in state.caches for a in cache] == before
+  assert [a.unsafe_buffer_pointer() for a in state.cache] == before
   assert state.length.tolist() == [17]
   assert state.remaining.tolist() == [7]
 
