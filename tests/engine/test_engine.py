@@ -110,6 +110,14 @@ def test_a_prompt_of_several_chunks_compiles_one_prefill(model: Model) -> None:
   assert Programs.of(fresh, logprobs=False).prefill._cache_size() == 1
 
 
+def test_few_arrays_cross_the_jit_boundary(model: Model) -> None:
+  """Each costs time at every token: the matrices, all vectors in one, one pair of caches."""
+  matrices = 7 * model.config.num_layers + (1 if model.config.tied else 2)
+  assert len(model.leaves) == 1 + matrices
+  state = new_state(model.config, 1, 256, jnp.float16)
+  assert len(jax.tree.leaves(state)) == 6
+
+
 def test_decoding_updates_the_cache_in_place(model: Model) -> None:
   programs = Programs.of(model, logprobs=False)
   params = SamplingArrays.of([SamplingParams(0.0)])
