@@ -11,6 +11,7 @@ import pytest
 
 from experiments import bench_int4_matmul, bench_vs_llamacpp, profile_decode
 from experiments.provenance import markdown
+from gguf_model import ModelSpec, write
 from q4jax_kernels import ffi, probe
 
 native = pytest.mark.skipif(not ffi.available(), reason="needs the native library")
@@ -120,7 +121,7 @@ def program(path: Path, text: str) -> str:
 def test_both_sides_are_measured_in_turn(tmp_path: Path) -> None:
   text = LLAMA_BENCH.format(python=sys.executable, repack=True)
   config = bench_vs_llamacpp.Config(
-    model="tiny",
+    model=str(write(tmp_path / "small.gguf", ModelSpec(layers=1))),
     llama_bench=program(tmp_path / "llama-bench", text),
     llama_batched_bench=program(tmp_path / "batched", BATCHED.format(python=sys.executable)),
     reps=1, pp=16, tg=4, depth=(0, 8), batch=(1, 2), batch_depth=8, threads=1, probe_mib=8,
