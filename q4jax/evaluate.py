@@ -175,23 +175,21 @@ def _nll(module: Llama, tokens: jax.Array, first: int) -> jax.Array:
     padded = jnp.pad(x, ((0, 0), (0, steps * width - (length - 1))))
     return padded.reshape(batch, steps, width).swapaxes(0, 1)
 
-  def step(
-    caches: list[Cache], window: tuple[jax.Array, jax.Array, jax.Array]
-  ) -> tuple[list[Cache], jax.Array]:
+  def step(cache: Cache, window: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:
     start, inputs, targets = window
     count = jnp.minimum(length - 1 - start, width)
     ones = jnp.ones((batch,), jnp.int32)
-    hidden, caches = module.hidden(inputs, caches, Span(start * ones, count * ones))
+    hidden, cache = module.hidden(inputs, cache, Span(start * ones, count * ones))
     scored = start + width > first
     losses = jax.lax.cond(
       scored,
       lambda: _window_nll(module, hidden, targets),
       lambda: jnp.zeros((batch, width), jnp.float32),
     )
-    return caches, losses
+    return cache, losses
 
-  shape = (batch, config.num_kv_heads, steps * width, config.head_dim)
-  empty = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers)]
+  shape = (config.num_layers, batch, config.num_kv_heads, steps * width, config.head_dim)
+  empty = (jnp.zeros(shape), jnp.zeros(shape))
   starts = width * jnp.arange(steps, dtype=jnp.int32)
   _, losses = jax.lax.scan(step, empty, (starts, windows(tokens[:, :-1]), windows(tokens[:, 1:])))
   return losses.swapaxes(0, 1).reshape(batch, -1)[:, first : length - 1]

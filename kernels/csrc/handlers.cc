@@ -158,26 +158,33 @@ ffi::Error TakeRowsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Bu
 }
 
 // Stores the new keys and values at start[b] .. start[b] + length[b], then attends over all slots
-// up to each query's own. The caches are donated: results alias them.
+// up to each query's own, in one layer of the caches [L, B, Hkv, S, D], which are donated: results
+// alias them.
 ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
                          ffi::Buffer<ffi::F32> v, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache,
                          ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> length, ffi::ResultBuffer<ffi::F32> out,
-                         ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out, float scale,
-                         int64_t isa) {
+                         ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out, int64_t layer,
+                         float scale, int64_t isa) {
   const Kernels* kernels = Select(isa);
   if (!kernels) return Invalid("this processor lacks the instruction set that was named");
   const auto qd = q.dimensions(), kd = k.dimensions(), cd = k_cache.dimensions();
-  if (qd.size() != 4 || kd.size() != 4 || cd.size() != 4) return Invalid("attention needs four dimensions");
-  Attention a{q.typed_data(), k_out->untyped_data(), v_out->untyped_data(), start.typed_data(), length.typed_data(),
-              out->typed_data(), qd[0], qd[1], qd[2], kd[2], cd[2], qd[3], scale};
+  if (qd.size() != 4 || kd.size() != 4 || cd.size() != 5)
+    return Invalid("attention needs four dimensions, its cache five");
+  if (layer < 0 || layer >= cd[0])
+    return Invalid("layer " + std::to_string(layer) + " is outside the cache of " + std::to_string(cd[0]));
   const bool half = k_cache.element_type() == ffi::F16;
   const int64_t bytes = half ? 2 : 4;
   if (!half && k_cache.element_type() != ffi::F32) return Invalid("the cache must be float16 or float32");
+  const int64_t layer_bytes = qd[0] * kd[2] * cd[3] * qd[3] * bytes;
+  uint8_t* k_layer = (uint8_t*)k_out->untyped_data() + layer * layer_bytes;
+  uint8_t* v_layer = (uint8_t*)v_out->untyped_data() + layer * layer_bytes;
+  Attention a{q.typed_data(), k_layer, v_layer, start.typed_data(), length.typed_data(),
+              out->typed_data(), qd[0], qd[1], qd[2], kd[2], cd[3], qd[3], scale};
   const auto is_cache = [&](const auto& c) {
     return c.element_type() == k_cache.element_type() && c.element_count() == k_cache.element_count();
   };
   if (!is_cache(v_cache) || !is_cache(*k_out) || !is_cache(*v_out) ||
-      (int64_t)k_cache.element_count() != a.B * a.Hkv * a.S * a.D || v.element_count() != k.element_count() ||
+      (int64_t)k_cache.element_count() != cd[0] * a.B * a.Hkv * a.S * a.D || v.element_count() != k.element_count() ||
       (int64_t)k.element_count() != a.B * a.T * a.Hkv * a.D || out->element_count() != q.element_count() ||
       a.Hkv == 0 || a.Hq % a.Hkv || (int64_t)start.element_count() != a.B || (int64_t)length.element_count() != a.B)
     return Invalid("attention's arguments do not fit each other");
@@ -196,8 +203,8 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
       for (int64_t h = 0; h < a.Hkv; h++) {
         const int64_t from = ((b * a.T + t) * a.Hkv + h) * a.D;
         const int64_t to = (((b * a.Hkv + h) * a.S) + a.start[b] + t) * a.D * bytes;
-        kernels->store(k.typed_data() + from, a.D, half, (uint8_t*)k_out->untyped_data() + to);
-        kernels->store(v.typed_data() + from, a.D, half, (uint8_t*)v_out->untyped_data() + to);
+        kernels->store(k.typed_data() + from, a.D, half, k_layer + to);
+        kernels->store(v.typed_data() + from, a.D, half, v_layer + to);
       }
     }
   }
@@ -266,6 +273,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_attention, q4::AttentionImpl,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("layer")
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("isa"));
 

@@ -3,16 +3,19 @@
   q4jax bench model.gguf
   q4jax bench model.gguf --pp=128,512 --tg=128 --depth=0,2048
   q4jax bench model.gguf --pp=0 --tg=64 --threads=4 --json
+  q4jax bench model.gguf --pp=0 --tg=64 --batch=1,4,8,16
 
 pp N reads N random tokens and computes the last one's logits; tg N samples N tokens greedily, one
-by one. Each runs at each --depth: that many tokens lie in the cache before the clock starts. A
-warm-up repetition, which compiles, is not counted. Nothing of text is involved.
+by one. Each runs at each --depth: that many tokens lie in the cache before the clock starts; and
+with each --batch: that many sequences side by side, whose tokens are counted together (what
+llama-batched-bench calls S_PP and S_TG). A warm-up repetition, which compiles, is not counted.
+Nothing of text is involved.
 
 The table goes to stdout as Markdown, t/s as mean and sample standard deviation. --json prints a
 list of objects with llama-bench's keys (n_prompt, n_gen, n_depth, avg_ts, stddev_ts, avg_ns,
 stddev_ns, samples_ns, samples_ts, model_filename, model_type, model_size, model_n_params,
-n_threads, n_ubatch, type_k, type_v, backends, test_time) and rss_bytes (resident memory after the
-test), peak_rss_bytes, device, jax_version, q4jax_version.
+n_threads, n_ubatch, type_k, type_v, backends, test_time) and n_parallel (sequences), rss_bytes
+(resident memory after the test), peak_rss_bytes, device, jax_version, q4jax_version.
 """
 
 import datetime
@@ -34,6 +37,7 @@ FLAGS = absl_flags.FlagValues()
 absl_flags.DEFINE_list("pp", ["512"], "Prompt lengths; 0 for none.", flag_values=FLAGS)
 absl_flags.DEFINE_list("tg", ["128"], "Tokens to generate; 0 for none.", flag_values=FLAGS)
 absl_flags.DEFINE_list("depth", ["0"], "Tokens in the cache before each test.", flag_values=FLAGS)
+absl_flags.DEFINE_list("batch", ["1"], "Sequences side by side in each test.", flag_values=FLAGS)
 absl_flags.DEFINE_integer("reps", 5, "Counted repetitions of each test.", 1, flag_values=FLAGS)
 common.define_engine(FLAGS)
 common.define_model(FLAGS)
@@ -42,15 +46,17 @@ common.define_json(FLAGS, "a JSON list of records")
 
 def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   """Runs all tests, then prints the records."""
-  pps, tgs, depths = (_lengths(flags, name) for name in ("pp", "tg", "depth"))
+  pps, tgs, depths, batches = (_lengths(flags, name) for name in ("pp", "tg", "depth", "batch"))
   pairs = [(n, 0) for n in pps if n] + [(0, n) for n in tgs if n]
-  if not pairs or not depths:
-    raise UsageError("there is nothing to measure; give a length to --depth, and to --pp or --tg.")
+  if not pairs or not depths or not batches:
+    raise UsageError(
+      "there is nothing to measure; give numbers to --depth and --batch, and to --pp or --tg."
+    )
   model, _ = common.load_model(arguments[0], flags, flags.tokenizer)
   from q4jax.engine.bench import Test, bench
 
   engine = common.make_engine(model, flags)
-  tests = [Test(pp, tg, depth) for depth in depths for pp, tg in pairs]
+  tests = [Test(pp, tg, depth, batch) for depth in depths for pp, tg in pairs for batch in batches]
   records = []
   for result in bench(engine, tests, flags.reps):
     records.append(_record(engine, result))
@@ -98,6 +104,7 @@ def _record(engine: "Engine", result: "Result") -> dict[str, Any]:
     "n_prompt": result.test.n_prompt,
     "n_gen": result.test.n_gen,
     "n_depth": result.test.n_depth,
+    "n_parallel": result.test.n_batch,
     "test_time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     "avg_ns": round(statistics.fmean(nanoseconds)),
     "stddev_ns": round(statistics.stdev(nanoseconds)) if len(nanoseconds) > 1 else 0,
@@ -117,8 +124,9 @@ def _model_type(model: "Model") -> str:
 
 
 def _test_name(record: dict[str, Any]) -> str:
-  """As llama-bench calls it: "pp512", "tg128 @ d2048"."""
+  """As llama-bench calls it: "pp512", "tg128 @ d2048"; and "tg128 x 8" for eight sequences."""
   name = f"pp{record['n_prompt']}" if record["n_prompt"] else f"tg{record['n_gen']}"
+  name += f" x {record['n_parallel']}" if record["n_parallel"] > 1 else ""
   return name + (f" @ d{record['n_depth']}" if record["n_depth"] else "")
 
 

@@ -2,7 +2,9 @@
 
 The protocol is llama-bench's: a prompt test reads `n_prompt` random tokens in one go and computes
 the logits of the last, a generation test samples `n_gen` tokens one by one, both with `n_depth`
-tokens in the cache already; a repetition that is not counted runs first.
+tokens in the cache already; a repetition that is not counted runs first. With `n_batch` above 1 as
+many sequences of these lengths run side by side, as llama-batched-bench does it, and their tokens
+are counted together.
 """
 
 import statistics
@@ -24,16 +26,22 @@ _NO_STOP = np.full(8, -1, np.int32)
 
 @dataclass(frozen=True)
 class Test:
-  """One measurement: either n_prompt or n_gen is 0."""
+  """One measurement: either n_prompt or n_gen is 0. Each of n_batch sequences has these tokens."""
 
   n_prompt: int
   n_gen: int
   n_depth: int = 0
+  n_batch: int = 1
 
   @property
   def tokens(self) -> int:
-    """Tokens that one repetition is timed for."""
-    return self.n_prompt + self.n_gen
+    """Tokens that one repetition is timed for, of all sequences together."""
+    return self.n_batch * (self.n_prompt + self.n_gen)
+
+  @property
+  def context(self) -> int:
+    """Tokens of a sequence in the end."""
+    return self.n_depth + self.n_prompt + self.n_gen
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,12 @@ def bench(engine: Engine, tests: Sequence[Test], repetitions: int = 5) -> Iterat
   for test in tests:
     if min(test.n_prompt, test.n_gen, test.n_depth) < 0 or (test.n_prompt > 0) == (test.n_gen > 0):
       raise ConfigError(f"{test} needs either n_prompt or n_gen above 0, and n_depth 0 or more.")
-    if test.n_depth + test.tokens > engine.max_context:
+    if test.n_batch < 1:
+      raise ConfigError(f"n_batch is {test.n_batch}; expected at least 1.")
+    if test.context > engine.max_context:
       raise ConfigError(
-        f"a test of {test.tokens} tokens at depth {test.n_depth} does not fit the context of "
-        f"{engine.max_context}. Lower its length or its depth."
+        f"a test of {test.n_prompt + test.n_gen} tokens at depth {test.n_depth} does not fit the "
+        f"context of {engine.max_context}. Lower its length or its depth."
       )
   return _run(engine, tests, repetitions)
 
@@ -101,13 +111,12 @@ class _Runner:
     self._programs = Programs.of(engine.model, logprobs=False)
     # Committed to it from the start: an uncommitted argument would compile a program of its own.
     self._device = next(iter(self._leaves[0].devices()))
-    self._params = SamplingArrays.of([SamplingParams(temperature=0)])
     self._rng = np.random.default_rng(0)
 
   def at_depth(self, test: Test) -> State:
     """A state with the test's n_depth tokens in a cache that has room for the rest."""
-    slots = max(256, 1 << (test.n_depth + test.tokens - 1).bit_length())
-    state = new_state(self._engine.model.config, 1, slots, self._engine.kv_dtype)
+    slots = max(256, 1 << (test.context - 1).bit_length())
+    state = new_state(self._engine.model.config, test.n_batch, slots, self._engine.kv_dtype)
     state = jax.device_put(state, self._device)
     if test.n_depth:
       state, _ = self._prefill(state, test.n_depth)
@@ -118,18 +127,20 @@ class _Runner:
     state = self._rewind(state, test.n_depth, 0)
     begin = time.perf_counter()
     state, hidden = self._prefill(state, test.n_prompt)
-    limit = jnp.ones(1, jnp.int32)
-    state, output = self._programs.first(self._leaves, state, hidden, self._params, limit, _NO_STOP)
+    limit = jnp.ones(test.n_batch, jnp.int32)
+    params = _greedy(test.n_batch)
+    state, output = self._programs.first(self._leaves, state, hidden, params, limit, _NO_STOP)
     np.asarray(output.token)
     return time.perf_counter() - begin, state
 
   def generate(self, test: Test, state: State) -> tuple[float, State]:
     """Seconds of n_gen decode steps, each token read while the next step runs."""
     state = self._rewind(state, test.n_depth, test.n_gen)
+    params = _greedy(test.n_batch)
     begin = time.perf_counter()
     before = None
     for _ in range(test.n_gen):
-      state, output = self._programs.decode(self._leaves, state, self._params, _NO_STOP)
+      state, output = self._programs.decode(self._leaves, state, params, _NO_STOP)
       if before is not None:
         np.asarray(before.token)
       before = output
@@ -138,11 +149,12 @@ class _Runner:
 
   def _prefill(self, state: State, count: int) -> tuple[State, jax.Array]:
     config, chunk = self._engine.model.config, self._engine.prefill_chunk
-    hidden = jax.device_put(np.zeros((1, config.d_model), np.float32), self._device)
+    batch = state.length.shape[0]
+    hidden = jax.device_put(np.zeros((batch, config.d_model), np.float32), self._device)
     for begin in range(0, count, chunk):
       width = min(chunk, max(16, 1 << (count - begin - 1).bit_length()))
-      tokens = self._rng.integers(0, config.vocab_size, (1, width), dtype=np.int32)
-      real = np.full(1, min(width, count - begin), np.int32)
+      tokens = self._rng.integers(0, config.vocab_size, (batch, width), dtype=np.int32)
+      real = np.full(batch, min(width, count - begin), np.int32)
       state, hidden = self._programs.prefill(self._leaves, state, tokens, real, hidden)
     return state, hidden
 
@@ -153,7 +165,11 @@ class _Runner:
     """
     numbers = {"length": length, "token": 0, "remaining": remaining}
     arrays = {
-      name: jax.device_put(np.full(1, number, np.int32), self._device)
+      name: jax.device_put(np.full(state.length.shape, number, np.int32), self._device)
       for name, number in numbers.items()
     }
     return jax.block_until_ready(replace(state, **arrays))
+
+
+def _greedy(batch: int) -> SamplingArrays:
+  return SamplingArrays.of([SamplingParams(temperature=0)] * batch)

@@ -25,7 +25,7 @@ class State:
   """Everything that changes from step to step; donated to each call.
 
   Attributes:
-    caches: per layer keys and values [B, K, S, H].
+    cache: keys and values of all layers, [L, B, K, S, H] each.
     length: int32[B], tokens in the cache.
     token: int32[B], the last token sampled, not yet in the cache.
     remaining: int32[B], tokens still to be sampled; 0 once a row has stopped, and its cache and
@@ -33,7 +33,7 @@ class State:
     seen: bool[B, V], tokens of the prompt and the output.
   """
 
-  caches: list[Cache]
+  cache: Cache
   length: jax.Array
   token: jax.Array
   remaining: jax.Array
@@ -59,11 +59,11 @@ class Output:
 
 def new_state(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> State:
   """An empty state for `batch` sequences of up to `slots` tokens."""
-  shape = (batch, config.num_kv_heads, slots, config.head_dim)
+  shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
   zeros = jnp.zeros((batch,), jnp.int32)
   return State(
     # Keys and values are separate buffers: each is donated and updated in place.
-    caches=[(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)],
+    cache=(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
     length=zeros,
     token=zeros + 0,
     remaining=zeros + 0,
@@ -98,7 +98,7 @@ class Programs:
       known[logprobs] = cls(
         prefill=other.prefill if other else model.jit(_prefill, donate_argnums=(1, 4)),
         first=model.jit(partial(_sample, logprobs=logprobs), donate_argnums=1),
-        decode=model.jit(partial(_decode, logprobs=logprobs), donate_argnums=1),
+        decode=model.jit(partial(decode, logprobs=logprobs), donate_argnums=1),
       )
     return known[logprobs]
 
@@ -110,18 +110,18 @@ def _prefill(
   module: Llama, state: State, tokens: jax.Array, count: jax.Array, hidden: jax.Array
 ) -> tuple[State, jax.Array]:
   batch, width = tokens.shape
-  x, caches = module.hidden(tokens, state.caches, Span(state.length, count))
+  x, cache = module.hidden(tokens, state.cache, Span(state.length, count))
   last = jnp.maximum(count - 1, 0).reshape(batch, 1, 1)
   mine = jnp.take_along_axis(x, last, axis=1)[:, 0]
   real = jnp.arange(width).reshape(1, width) < count.reshape(batch, 1)
   rows = jnp.arange(batch).reshape(batch, 1)
   # Padding marks no token: it is sent past the vocabulary and dropped.
   seen = state.seen.at[rows, jnp.where(real, tokens, state.seen.shape[1])].set(True, mode="drop")
-  state = State(caches, state.length + count, state.token, state.remaining, seen)
+  state = State(cache, state.length + count, state.token, state.remaining, seen)
   return state, jnp.where(count.reshape(batch, 1) > 0, mine, hidden)
 
 
-def _decode(
+def decode(
   module: Llama,
   state: State,
   params: SamplingArrays,
@@ -129,9 +129,10 @@ def _decode(
   *,
   logprobs: bool,
 ) -> tuple[State, Output]:
+  """What `Programs.decode` compiles: one step of all rows."""
   active = (state.remaining > 0).astype(jnp.int32)
-  x, caches = module.hidden(state.token[:, None], state.caches, Span(state.length, active))
-  state = State(caches, state.length + active, state.token, state.remaining, state.seen)
+  x, cache = module.hidden(state.token[:, None], state.cache, Span(state.length, active))
+  state = State(cache, state.length + active, state.token, state.remaining, state.seen)
   return _sample(module, state, x[:, 0], params, state.remaining, stop_ids, logprobs=logprobs)
 
 
@@ -152,7 +153,7 @@ def _sample(
   stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
   rows = jnp.arange(token.shape[0])
   new = State(
-    caches=state.caches,
+    cache=state.cache,
     length=state.length,
     token=jnp.where(active, token, state.token),
     remaining=jnp.where(active & ~stopped, limit - 1, 0),

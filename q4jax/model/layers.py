@@ -105,10 +105,10 @@ class Span(NamedTuple):
 class Attention(nnx.Module):
   """Grouped-query attention with RoPE; biases and q/k norms where the config has them."""
 
-  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: DTypeLike):
-    c = config
+  def __init__(self, config: LlamaConfig, make: Make, layer: int, dtype: DTypeLike):
+    c, prefix = config, f"blk.{layer}."
     q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    self.config, self.dtype = config, dtype
+    self.config, self.layer, self.dtype = config, layer, dtype
     self.q = variable(make(f"{prefix}attn_q.weight", (q_dim, c.d_model)))
     self.k = variable(make(f"{prefix}attn_k.weight", (kv_dim, c.d_model)))
     self.v = variable(make(f"{prefix}attn_v.weight", (kv_dim, c.d_model)))
@@ -146,7 +146,7 @@ class Attention(nnx.Module):
     if cache is None or span is None:
       out = causal_attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
     else:
-      out, cache = cached_attention(q, k, v, cache, span.start, span.length)
+      out, cache = cached_attention(q, k, v, cache, span.start, span.length, self.layer)
     out = out.astype(x.dtype).reshape(b, t, c.num_heads * c.head_dim)
     return project(out, [self.output], self.dtype)[0], cache
 

@@ -1,7 +1,5 @@
 """Llama (and Qwen 2 / 3) as one Flax module: tokens in, logits out, with or without a KV cache."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +26,7 @@ class Block(nnx.Module):
   def __init__(self, config: LlamaConfig, make: Make, index: int, dtype: jnp.dtype):
     prefix = f"blk.{index}."
     self.attn_norm = RMSNorm(make(f"{prefix}attn_norm.weight", (config.d_model,)), config.norm_eps)
-    self.attn = Attention(config, make, prefix, dtype)
+    self.attn = Attention(config, make, index, dtype)
     self.ffn_norm = RMSNorm(make(f"{prefix}ffn_norm.weight", (config.d_model,)), config.norm_eps)
     self.ffn = FeedForward(config, make, prefix, dtype)
 
@@ -79,26 +77,23 @@ class Llama(nnx.Module):
       x, _ = block(x, cos, sin)
     return self.unembed(self.output_norm(x))
 
-  def hidden(
-    self, tokens: jax.Array, caches: Sequence[Cache], span: Span
-  ) -> tuple[jax.Array, list[Cache]]:
-    """The normalised last hidden state, float32[B, T, D], and the updated caches.
+  def hidden(self, tokens: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
+    """The normalised last hidden state, float32[B, T, D], and the updated cache.
 
     Args:
       tokens: int32[B, T]; row b holds `span.length[b]` real tokens, the rest is padding, neither
         stored nor attended to.
-      caches: one per layer.
+      cache: of all layers.
       span: where the tokens lie.
     """
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
     cos, sin = self._rope(positions + span.start.reshape(-1, 1))
     x = self.embedding(tokens)
-    new = []
-    for block, old in zip(self.blocks, caches, strict=True):
-      x, cache = block(x, cos, sin, old, span)
-      assert cache is not None
-      new.append(cache)
-    return self.output_norm(x), new
+    for block in self.blocks:
+      x, new = block(x, cos, sin, cache, span)
+      assert new is not None
+      cache = new
+    return self.output_norm(x), cache
 
   def _rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     # They are constants of the model, not parameters: no gradient.

@@ -35,18 +35,21 @@ class Model:
     self.module, self.tokenizer, self.metadata, self.path = module, tokenizer, metadata, path
     self.config: LlamaConfig = module.config
     self._graphdef, state = nnx.split(module)
-    # A flat list passes the jit boundary in a tenth of the time that a Flax state takes.
-    self.leaves, self._treedef = jax.tree.flatten(state)
+    # Each array that passes the jit boundary costs time at every call, and a Flax state costs more
+    # than a flat list (docs/adr/0006): so a flat list, with all norms and biases in one array.
+    leaves, treedef = jax.tree.flatten(state)
+    self.leaves, self._unpack = _pack(leaves)
+    self._treedef = treedef
 
   def jit(self, function: Callable, **options: Any) -> Callable:
     """Compiles `function(module, *args)` to a function of `(leaves, *args)`.
 
     The result holds on to the module's structure alone, neither to this model nor to its weights.
     """
-    graphdef, treedef = self._graphdef, self._treedef
+    graphdef, treedef, unpack = self._graphdef, self._treedef, self._unpack
 
     def call(leaves: list[jax.Array], *args: Any) -> Any:
-      return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), *args)
+      return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, unpack(leaves))), *args)
 
     return jax.jit(call, **options)
 
@@ -87,3 +90,21 @@ class Model:
   def nbytes(self) -> int:
     """Bytes the weights take in memory."""
     return sum(leaf.nbytes for leaf in self.leaves)
+
+
+def _pack(
+  arrays: list[jax.Array],
+) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
+  """The arrays with all float32 vectors joined to one, first; and the function that undoes it."""
+  is_vector = [a.ndim == 1 and a.dtype == jnp.float32 for a in arrays]
+  vectors = [a for a, small in zip(arrays, is_vector, strict=True) if small]
+  if not vectors:
+    return arrays, lambda packed: packed
+  ends = np.cumsum([v.size for v in vectors])[:-1].tolist()
+
+  def unpack(packed: list[jax.Array]) -> list[jax.Array]:
+    small, large = iter(jnp.split(packed[0], ends)), iter(packed[1:])
+    return [next(small) if vector else next(large) for vector in is_vector]
+
+  matrices = [a for a, small in zip(arrays, is_vector, strict=True) if not small]
+  return [jnp.concatenate(vectors), *matrices], unpack

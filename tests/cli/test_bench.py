@@ -43,6 +43,18 @@ def test_records(q4jax: Run, model_file: Path) -> None:
     assert 1 << 26 < record["rss_bytes"] <= record["peak_rss_bytes"]
 
 
+def test_sequences_side_by_side_count_together(q4jax: Run, model_file: Path) -> None:
+  flags = ("--pp=16", "--tg=4", "--batch=1,3", "--depth=8", "--reps=1", "--json")
+  result = q4jax("bench", model_file, *flags)
+  records = json.loads(result.out)
+  tests = [(r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in records]
+  assert tests == [(16, 0, 8, 1), (16, 0, 8, 3), (0, 4, 8, 1), (0, 4, 8, 3)]
+  for prompt, generated, _, parallel in tests:
+    record = records[tests.index((prompt, generated, 8, parallel))]
+    tokens = parallel * (prompt + generated)
+    assert record["avg_ts"] == pytest.approx(tokens * 1e9 / record["avg_ns"], rel=1e-4)
+
+
 def test_table(q4jax: Run, model_file: Path) -> None:
   result = q4jax("bench", model_file, "--pp=16", "--tg=0", "--depth=8", "--reps=1")
   lines = result.out.splitlines()
@@ -54,7 +66,7 @@ def test_too_long_for_the_context(q4jax: Run, model_file: Path) -> None:
   result = q4jax("bench", model_file, f"--depth={CONTEXT}", "--tg=1", "--pp=0")
   assert result.code == 1 and result.out == "" and f"context of {CONTEXT}" in result.err
   engine = Engine(load(model_file))
-  for spec in (Spec(0, 0), Spec(1, 1), Spec(-1, 2), Spec(4, 0, -1)):
+  for spec in (Spec(0, 0), Spec(1, 1), Spec(-1, 2), Spec(4, 0, -1), Spec(4, 0, 0, 0)):
     with pytest.raises(ConfigError):
       engine_bench.bench(engine, [spec])
   with pytest.raises(ConfigError):
@@ -80,7 +92,7 @@ def test_nothing_compiles_while_the_clock_runs(
       # The test began behind its depth, which the cache holds. (Some tokens have keys of zeros.)
       end = test.n_depth + test.tokens
       assert int(state.length[0]) == end
-      used = np.abs(np.asarray(state.caches[0][0][0], np.float32)).sum(axis=(0, 2)) > 0
+      used = np.abs(np.asarray(state.cache[0][0, 0], np.float32)).sum(axis=(0, 2)) > 0
       assert used[: test.n_depth].any() == (test.n_depth > 0) and used[test.n_depth : end].any()
       assert not used[end + 16 :].any()
       return seconds, state

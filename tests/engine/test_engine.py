@@ -110,6 +110,14 @@ def test_a_prompt_of_several_chunks_compiles_one_prefill(model: Model) -> None:
   assert Programs.of(fresh, logprobs=False).prefill._cache_size() == 1
 
 
+def test_few_arrays_cross_the_jit_boundary(model: Model) -> None:
+  """Each costs time at every token: the matrices, all vectors in one, one pair of caches."""
+  matrices = 7 * model.config.num_layers + (1 if model.config.tied else 2)
+  assert len(model.leaves) == 1 + matrices
+  state = new_state(model.config, 1, 256, jnp.float16)
+  assert len(jax.tree.leaves(state)) == 6
+
+
 def test_decoding_updates_the_cache_in_place(model: Model) -> None:
   programs = Programs.of(model, logprobs=False)
   params = SamplingArrays.of([SamplingParams(0.0)])
@@ -119,9 +127,9 @@ def test_decoding_updates_the_cache_in_place(model: Model) -> None:
   tokens = np.array([PROMPT[:16]], np.int32)
   state, hidden = programs.prefill(model.leaves, state, tokens, np.array([16], np.int32), hidden)
   state, _ = programs.first(model.leaves, state, hidden, params, jnp.array([9]), stops)
-  before = [a.unsafe_buffer_pointer() for cache in state.caches for a in cache]
+  before = [a.unsafe_buffer_pointer() for a in state.cache]
   state, _ = programs.decode(model.leaves, state, params, stops)
-  assert [a.unsafe_buffer_pointer() for cache in state.caches for a in cache] == before
+  assert [a.unsafe_buffer_pointer() for a in state.cache] == before
   assert state.length.tolist() == [17]
   assert state.remaining.tolist() == [7]
 

@@ -20,16 +20,27 @@ NATIVE = {f"native-{isa}": isa for isa in ("scalar", "avx2", "avx512")}
 IMPLEMENTATIONS = ("reference", *NATIVE)
 CACHE_TYPES = {"f16": np.float16, "f32": np.float32, "bf16": ml_dtypes.bfloat16}
 FORGOTTEN = np.nan  # what slots hold that were never written
+LAYER, LAYERS = 1, 3  # of the cache; the other layers hold FORGOTTEN
 
 
 def attention(implementation: str) -> Callable[..., Any]:
   """The implementation, compiled; skips where this machine cannot run it."""
   if implementation == "reference":
-    return jax.jit(reference.cached_attention)
+    return jax.jit(functools.partial(reference.cached_attention, layer=LAYER))
   isa = NATIVE[implementation]
   if ffi.isa_name(isa) is None:
     pytest.skip(f"this processor, or this build, has no {isa}")
-  return jax.jit(functools.partial(cpu.cached_attention, isa=isa))
+  return jax.jit(functools.partial(cpu.cached_attention, layer=LAYER, isa=isa))
+
+
+door = functools.partial(cached_attention, layer=LAYER)
+
+
+def stack(side: np.ndarray) -> jax.Array:
+  """[B, K, S, H] as the layer LAYER of [LAYERS, B, K, S, H]."""
+  layers = np.full((LAYERS, *side.shape), FORGOTTEN, side.dtype)
+  layers[LAYER] = side
+  return jnp.array(layers)
 
 
 def brute_force(
@@ -83,7 +94,7 @@ class Case:
   @property
   def arguments(self) -> tuple:
     """Fresh arrays, so that donating them spoils nothing."""
-    cache = tuple(jnp.array(side) for side in self.cache)
+    cache = tuple(stack(side) for side in self.cache)
     return (*map(jnp.array, (self.q, self.k, self.v)), cache, *map(jnp.array, self.range))
 
   @property
@@ -91,7 +102,8 @@ class Case:
     return self.start, self.length
 
   def check(self, out: jax.Array, cache: tuple[jax.Array, jax.Array]) -> None:
-    for found, expected in zip(cache, self.after, strict=True):
+    for layers, side in zip(cache, self.after, strict=True):
+      found, expected = layers, np.asarray(stack(side))  # The other layers too are as they were.
       assert found.dtype == expected.dtype
       bits = np.uint32 if found.dtype == jnp.float32 else np.uint16
       nan = np.isnan(expected.astype(np.float32))
@@ -147,12 +159,12 @@ def test_any_range(implementation: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("cache", CACHE_TYPES)
 def test_the_door(cache: str) -> None:
   case = Case([7, 0], [2, 4], t=4, s=20, cache=cache)
-  case.check(*jax.jit(cached_attention)(*case.arguments))
+  case.check(*jax.jit(door)(*case.arguments))
 
 
 @pytest.mark.parametrize("cache", CACHE_TYPES)
 def test_donated_caches_are_updated_in_place(cache: str) -> None:
-  attend = jax.jit(cached_attention, donate_argnums=3)
+  attend = jax.jit(door, donate_argnums=3)
   case = Case([7, 0], [1, 1], t=1, s=64, cache=cache)
   arguments = case.arguments
   before = [side.unsafe_buffer_pointer() for side in arguments[3]]
@@ -165,21 +177,21 @@ def test_donated_caches_are_updated_in_place(cache: str) -> None:
 def test_kept_caches_stay_as_they_were() -> None:
   case = Case([7, 0], [1, 1], t=1, s=64)
   arguments = case.arguments
-  case.check(*jax.jit(cached_attention)(*arguments))
+  case.check(*jax.jit(door)(*arguments))
   for side, expected in zip(arguments[3], case.cache, strict=True):
-    np.testing.assert_array_equal(np.asarray(side), expected)
+    np.testing.assert_array_equal(np.asarray(side[LAYER]), expected)
 
 
 def test_no_copy_of_the_cache() -> None:
   """Decoding needs no temporary of the cache's size."""
   b, s, kv_heads, head_dim = 2, 4096, 4, 64
-  half = jax.ShapeDtypeStruct((b, kv_heads, s, head_dim), jnp.float16)
+  half = jax.ShapeDtypeStruct((LAYERS, b, kv_heads, s, head_dim), jnp.float16)
   q = jax.ShapeDtypeStruct((b, 1, 8, head_dim), jnp.float32)
   k = jax.ShapeDtypeStruct((b, 1, kv_heads, head_dim), jnp.float32)
   row = jax.ShapeDtypeStruct((b,), jnp.int32)
   if not ffi.available():
     pytest.skip("the reference converts the cache to float32")
-  lowered = jax.jit(cached_attention, donate_argnums=3).lower(q, k, k, (half, half), row, row)
+  lowered = jax.jit(door, donate_argnums=3).lower(q, k, k, (half, half), row, row)
   analysis = lowered.compile().memory_analysis()
   assert analysis is not None and analysis.temp_size_in_bytes < 1 << 16
 
@@ -198,13 +210,13 @@ def test_buckets_do_not_matter_to_the_bit(implementation: str) -> None:
 
   for t, s in ((18, 41), (32, 64), (64, 128)):
     q, k, v = (padded(x, t, 1) for x in (whole.q, whole.k, whole.v))
-    wide, wider = attend(q, k, v, tuple(padded(c, s, 2) for c in whole.cache), *whole.range)
+    wide, wider = attend(q, k, v, tuple(stack(padded(c, s, 2)) for c in whole.cache), *whole.range)
     np.testing.assert_array_equal(wide[:, :18], out)
     for some, more in zip(cache, wider, strict=True):
-      np.testing.assert_array_equal(more[:, :, :40], some)
+      np.testing.assert_array_equal(more[LAYER, :, :, :40], some[LAYER])
 
   # One row alone, its tokens one at a time.
-  sides = tuple(c[:1].copy() for c in whole.cache)
+  sides = tuple(stack(c[:1]) for c in whole.cache)
   for i in range(18):
     step = (whole.q[:1, i : i + 1], whole.k[:1, i : i + 1], whole.v[:1, i : i + 1])
     at = (np.array([9 + i], np.int32), np.array([1], np.int32))
@@ -250,20 +262,20 @@ def test_what_the_cache_cannot_hold_is_an_error(start: int, length: int) -> None
   case = Case([0], [0], t=2, s=16)
   case.start[:], case.length[:] = start, length
   with pytest.raises(jax.errors.JaxRuntimeError, match=f"16 slots cannot hold {length} tokens"):
-    jax.block_until_ready(cached_attention(*case.arguments))
+    jax.block_until_ready(door(*case.arguments))
 
 
 SHAPES = {
   "q": (2, 3, 4, 16),
   "k": (2, 3, 2, 16),
   "v": (2, 3, 2, 16),
-  "k_cache": (2, 2, 8, 16),
-  "v_cache": (2, 2, 8, 16),
+  "k_cache": (2, 2, 2, 8, 16),
+  "v_cache": (2, 2, 2, 8, 16),
   "start": (2,),
   "length": (2,),
   "out": (2, 3, 4, 16),
-  "k_out": (2, 2, 8, 16),
-  "v_out": (2, 2, 8, 16),
+  "k_out": (2, 2, 2, 8, 16),
+  "v_out": (2, 2, 2, 8, 16),
 }
 TYPES = dict.fromkeys(("k_cache", "v_cache", "k_out", "v_out"), jnp.float16)
 TYPES |= {"start": jnp.int32, "length": jnp.int32}
@@ -279,7 +291,9 @@ def raw_attention(**changes: Any) -> None:
   call = jax.ffi.ffi_call("q4jax_attention", [out, k_out, v_out])
   arrays = [jnp.zeros(a.shape, a.dtype) for a in inputs]
   isa = np.int64(changes.get("isa", 0))
-  jax.block_until_ready(call(*arrays, scale=np.float32(1), isa=isa))
+  jax.block_until_ready(
+    call(*arrays, layer=np.int64(changes.get("layer", 1)), scale=np.float32(1), isa=isa)
+  )
 
 
 def test_the_handler_takes_what_fits() -> None:
@@ -296,11 +310,16 @@ def test_the_handler_takes_what_fits() -> None:
     {"q": (1, 3, 4, 16), "out": (1, 3, 4, 16)},
     {"q": (2, 3, 64)},
     {"k": (2, 3, 1, 16)},
-    {"k": (2, 3, 0, 16), "v": (2, 3, 0, 16), "k_cache": (2, 0, 8, 16), "v_cache": (2, 0, 8, 16)}
-    | {"k_out": (2, 0, 8, 16), "v_out": (2, 0, 8, 16)},
+    {
+      "k": (2, 3, 0, 16),
+      "v": (2, 3, 0, 16),
+      "k_cache": (2, 2, 0, 8, 16),
+      "v_cache": (2, 2, 0, 8, 16),
+    }
+    | {"k_out": (2, 2, 0, 8, 16), "v_out": (2, 2, 0, 8, 16)},
     {"v": (2, 2, 2, 16)},
-    {"k_cache": (2, 2, 7, 16)},
-    {"v_cache": (2, 2, 7, 16)},
+    {"k_cache": (2, 2, 2, 7, 16)},
+    {"v_cache": (2, 2, 2, 7, 16)},
     {"v_cache": jnp.float32},
     {
       "k_cache": jnp.bfloat16,
@@ -311,9 +330,12 @@ def test_the_handler_takes_what_fits() -> None:
     {"start": (1,)},
     {"length": (3,)},
     {"out": (2, 3, 4, 8)},
-    {"k_out": (2, 2, 4, 16)},
-    {"v_out": (2, 2, 4, 16)},
+    {"k_out": (2, 2, 2, 4, 16)},
+    {"v_out": (2, 2, 2, 4, 16)},
     {"k_cache": jnp.float32, "v_cache": jnp.float32},
+    {"k_cache": (2, 2, 8, 16)},
+    {"layer": 2},
+    {"layer": -1},
     {"isa": 8},
   ],
 )

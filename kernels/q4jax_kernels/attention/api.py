@@ -1,12 +1,15 @@
 """One door to attention: plain causal attention, and attention over a contiguous KV cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from q4jax_kernels import ffi
 from q4jax_kernels.attention import cpu, reference
 
-# One layer's keys and values, [B, K, S, H] each; slot s holds position s.
+# Keys and values of all layers, [L, B, K, S, H] each; slot s holds position s. One pair for the
+# whole model: every array that passes the jit boundary costs time at each token (docs/adr/0006).
 Cache = tuple[jax.Array, jax.Array]
 
 causal_attention = reference.causal_attention
@@ -19,21 +22,23 @@ def cached_attention(
   cache: Cache,
   start: jax.Array,
   length: jax.Array,
+  layer: int,
 ) -> tuple[jax.Array, Cache]:
-  """Appends new keys and values to the cache, then attends causally over all filled slots.
+  """Appends keys and values to one layer of the cache, then attends causally to its filled slots.
 
   Args:
     q: float32[B, T, N, H], RoPE applied; k, v: float32[B, T, K, H], N a multiple of K.
-    cache: keys and values [B, K, S, H] in float16, bfloat16 or float32; donated where possible.
+    cache: keys and values [L, B, K, S, H] in float16, bfloat16 or float32; donated where possible.
     start: int32[B], slots already filled; the new tokens take slots start .. start + length - 1.
     length: int32[B], real tokens among the T; the rest is padding: not stored, output zero.
+    layer: which of the L is appended to and read; the others stay as they are.
 
   Returns:
     float32[B, T, N, H] and the updated cache. start + length <= S is the caller's to ensure.
   """
   native = cache[0].dtype in (jnp.float16, jnp.float32) and ffi.available()
   if not native:
-    return reference.cached_attention(q, k, v, cache, start, length)
+    return reference.cached_attention(q, k, v, cache, start, length, layer)
   return jax.lax.platform_dependent(
     q,
     k,
@@ -41,6 +46,6 @@ def cached_attention(
     cache,
     start,
     length,
-    cpu=cpu.cached_attention,
-    default=reference.cached_attention,
+    cpu=partial(cpu.cached_attention, layer=layer),
+    default=partial(reference.cached_attention, layer=layer),
   )

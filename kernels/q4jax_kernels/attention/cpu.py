@@ -14,6 +14,7 @@ def cached_attention(
   cache: tuple[jax.Array, jax.Array],
   start: jax.Array,
   length: jax.Array,
+  layer: int,
   isa: str = "best",
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Shapes as in api.py; the cache is float16 or float32. Only filled slots are read."""
@@ -29,6 +30,7 @@ def cached_attention(
     v_cache,
     start,
     length,
+    layer=np.int64(layer),
     scale=np.float32(q.shape[-1] ** -0.5),
     isa=np.int64(ffi.ISA_IDS[isa]),
   )

@@ -35,27 +35,29 @@ def cached_attention(
   cache: tuple[jax.Array, jax.Array],
   start: jax.Array,
   length: jax.Array,
+  layer: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Appends k, v to the cache and attends to it. Shapes as in api.py."""
+  """Appends k, v to one layer of the cache and attends to it. Shapes as in api.py."""
   b, t, n, h = q.shape
   k_cache, v_cache = cache
-  slots = k_cache.shape[2]
+  slots = k_cache.shape[3]
   step = jnp.arange(t, dtype=jnp.int32).reshape(1, t)
   # Padding is sent past the last slot and dropped.
   slot = jnp.where(step < length.reshape(b, 1), start.reshape(b, 1) + step, slots)
   row = jnp.arange(b, dtype=jnp.int32).reshape(b, 1)
-  k_cache = k_cache.at[row, :, slot].set(k.astype(k_cache.dtype), mode="drop")
-  v_cache = v_cache.at[row, :, slot].set(v.astype(v_cache.dtype), mode="drop")
+  k_cache = k_cache.at[layer, row, :, slot].set(k.astype(k_cache.dtype), mode="drop")
+  v_cache = v_cache.at[layer, row, :, slot].set(v.astype(v_cache.dtype), mode="drop")
+  keys, values = (cache[layer].astype(jnp.float32) for cache in (k_cache, v_cache))
 
   kv_heads = k.shape[2]
   query = q.reshape(b, t, kv_heads, n // kv_heads, h).astype(jnp.float32)
-  logits = jnp.einsum("btkrh,bksh->bkrts", query, k_cache.astype(jnp.float32)) * h**-0.5
+  logits = jnp.einsum("btkrh,bksh->bkrts", query, keys) * h**-0.5
   position = start.reshape(b, 1, 1, 1, 1) + step.reshape(1, 1, 1, t, 1)
   seen = jnp.arange(slots, dtype=jnp.int32).reshape(1, 1, 1, 1, slots) <= position
   p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
   # Slots that were never written may hold anything, NaN included, and 0 * NaN is NaN.
   filled = jnp.arange(slots).reshape(1, 1, slots, 1) < (start + length).reshape(b, 1, 1, 1)
-  values = jnp.where(filled, v_cache.astype(jnp.float32), 0.0)
+  values = jnp.where(filled, values, 0.0)
   out = jnp.einsum("bkrts,bksh->btkrh", p, values).reshape(b, t, n, h)
   real = (step < length.reshape(b, 1)).reshape(b, t, 1, 1)
   return jnp.where(real, out, 0.0), (k_cache, v_cache)
