@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "half.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -76,7 +77,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
 
   std::vector<Matmul> calls(ws.size());
-  bool need32 = false, need256 = false;
+  bool need16 = false, need32 = false, need256 = false;
   for (size_t i = 0; i < ws.size(); i++) {
     auto w = ws.get<ffi::Buffer<ffi::U8>>(i);
     auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
@@ -85,6 +86,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     if (dims.size() != 2 || dims[0] != M) return Invalid("an output has the wrong shape");
     if (ffi::Error error = CheckWeight(*w, formats[i], K, dims[1]); error.failure()) return error;
     calls[i] = {w->typed_data(), x.typed_data(), {}, (*y)->typed_data(), M, K, dims[1]};
+    need16 |= formats[i] == kF16;
     need32 |= kBlockSize[formats[i]] == 32;
     need256 |= kBlockSize[formats[i]] == 256;
   }
@@ -93,10 +95,14 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   const int64_t threads = Threads(pool);
   static thread_local Activations x32, x256;
   Activations &a32 = x32, &a256 = x256;  // This thread's, also inside the lambdas below.
+  static thread_local std::vector<float> half;  // x rounded to float16, for weights of float16.
+  std::vector<float>& x16 = half;
+  if (need16) x16.resize(M * K);
   if (need32) a32.Resize(M, K);
   if (need256) a256.Resize(M, K);
-  if (need32 || need256) {
+  if (need16 || need32 || need256) {
     ParallelFor(pool, M * K >= 65536 ? threads : 1, M, [&](int64_t m) {
+      if (need16) std::transform(x.typed_data() + m * K, x.typed_data() + (m + 1) * K, &x16[m * K], RoundToHalf);
       if (need32) a32.Row(*kernels, x.typed_data(), m, K, 32);
       if (need256) a256.Row(*kernels, x.typed_data(), m, K, 256);
     });
@@ -116,6 +122,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     const int64_t tile_bytes = K / kBlockSize[format] * kBlockBytes[format] * kRows;
     const int64_t step = std::max<int64_t>(4, per_piece / std::max<int64_t>(tile_bytes, 1) / 4 * 4);
     for (int64_t t = 0; t < tiles; t += step) pieces.push_back({i, t, std::min(t + step, tiles)});
+    if (format == kF16) calls[i].x = x16.data();
     calls[i].qx = kBlockSize[format] == 256 ? a256.View() : a32.View();
   }
   ParallelFor(pool, threads, pieces.size(), [&](int64_t p) {

@@ -14,7 +14,8 @@ enum Format {
 constexpr int kRows = 16;  // Rows side by side in the x16 layout.
 
 // M rows of x as signed bytes: x = d[m][k / block] * q[m][k], and the sums that fold the weights'
-// offsets and minimums: sum16[m][k / 16] = sum of q, neg32f = -sum over 32, and so on.
+// offsets and minimums: sum16[m][k / 16] = sum of q, neg32f = -sum over 32, and so on. In blocks of
+// 32, d and d * neg32f are float16's nearest (see Quantize).
 struct QuantizedX {
   const int8_t* q;
   const float* d;
