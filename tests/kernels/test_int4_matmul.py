@@ -58,7 +58,7 @@ def rounded(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
   is d * sum(codes), which multiplies the minimum of q4_1 and q5_1 (ggml's block_q8_1).
 
   Returns:
-    float64[M, K], and float64[M, K / block]: by how much the float16 sum is more than that of these.
+    float64[M, K], and float64[M, K / block]: how far the float16 sum is above the sum of these.
   """
   blocks = x.astype(np.float32).reshape(len(x), x.shape[1] // block, block)
   largest = np.abs(blocks).max(axis=-1, keepdims=True)
