@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "half.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -49,11 +50,11 @@ int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_th
 // x rounded to signed bytes in blocks of 32 or 256, in memory that is kept between calls.
 struct Activations {
   std::vector<int8_t> q;
-  std::vector<float> d;
+  std::vector<float> d, dsum;
   std::vector<int16_t> sum8, sum16, sum32;
 
   void Resize(int64_t M, int64_t K) {
-    q.resize(M * K), d.resize(M * (K / 32));
+    q.resize(M * K), d.resize(M * (K / 32)), dsum.resize(M * (K / 32));
     sum16.resize(M * (K / 16)), sum32.resize(M * (K / 32));
   }
   void SumsOf8(int64_t M, int64_t K) {
@@ -64,7 +65,7 @@ struct Activations {
       sum8[g] = (int16_t)sum;
     }
   }
-  QuantizedX View() { return {q.data(), d.data(), sum8.data(), sum16.data(), sum32.data()}; }
+  QuantizedX View() { return {q.data(), d.data(), dsum.data(), sum8.data(), sum16.data(), sum32.data()}; }
 };
 
 ffi::Error CheckWeight(const ffi::Buffer<ffi::U8>& w, int64_t format, int64_t K, int64_t N) {
@@ -86,7 +87,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
 
   std::vector<Matmul> calls(ws.size());
-  bool need32 = false, need256 = false, need8 = false;
+  bool need8 = false, need16 = false, need32 = false, need256 = false;
   for (size_t i = 0; i < ws.size(); i++) {
     auto w = ws.get<ffi::Buffer<ffi::U8>>(i);
     auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
@@ -95,6 +96,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     if (dims.size() != 2 || dims[0] != M) return Invalid("an output has the wrong shape");
     if (ffi::Error error = CheckWeight(*w, formats[i], K, dims[1]); error.failure()) return error;
     calls[i] = {w->typed_data(), x.typed_data(), {}, (*y)->typed_data(), M, K, dims[1]};
+    need16 |= formats[i] == kF16;
     need32 |= kBlockSize[formats[i]] == 32;
     need256 |= kBlockSize[formats[i]] == 256;
     need8 |= HasGroupsOf8(formats[i]);
@@ -104,10 +106,14 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   const int64_t threads = Threads(pool);
   static thread_local Activations x32, x256;
   Activations &a32 = x32, &a256 = x256;  // This thread's, also inside the lambdas below.
+  static thread_local std::vector<float> half;  // x rounded to float16, for weights of float16.
+  std::vector<float>& x16 = half;
+  if (need16) x16.resize(M * K);
   if (need32) a32.Resize(M, K);
   if (need256) a256.Resize(M, K);
-  if (need32 || need256) {
+  if (need16 || need32 || need256) {
     ParallelFor(pool, M * K >= 65536 ? threads : 1, M, [&](int64_t m) {
+      if (need16) std::transform(x.typed_data() + m * K, x.typed_data() + (m + 1) * K, &x16[m * K], RoundToHalf);
       if (need32) kernels->quantize(x.typed_data() + m * K, K, 32, m, M, a32.View());
       if (need256) kernels->quantize(x.typed_data() + m * K, K, 256, m, M, a256.View());
     });
@@ -128,6 +134,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     const int64_t tile_bytes = K / kBlockSize[format] * kBlockBytes[format] * kRows;
     const int64_t step = std::max<int64_t>(4, per_piece / std::max<int64_t>(tile_bytes, 1) / 4 * 4);
     for (int64_t t = 0; t < tiles; t += step) pieces.push_back({i, t, std::min(t + step, tiles)});
+    if (format == kF16) calls[i].x = x16.data();
     calls[i].qx = kBlockSize[format] == 256 ? a256.View() : a32.View();
   }
   ParallelFor(pool, threads, pieces.size(), [&](int64_t p) {

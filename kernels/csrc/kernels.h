@@ -33,10 +33,11 @@ constexpr int kRows = 16;  // Rows side by side in the x16 layout.
 // M rows of x as signed bytes, x = d * q, in blocks of 32 or 256. Everything of one block position
 // lies together, row after row: q[(k / block * M + m) * block + k % block], d[k / block * M + m], and
 // so on; what a kernel reads for a few rows is contiguous. The sums of q over 8, 16 and 32 weights
-// fold the weights' offsets and minimums.
+// fold the weights' offsets and minimums. In blocks of 32, d and dsum = d * sum32 are float16's
+// nearest (see Quantize).
 struct QuantizedX {
   int8_t* q;
-  float* d;
+  float *d, *dsum;  // dsum only in blocks of 32
   int16_t *sum8, *sum16, *sum32;  // sum8 only where a weight has groups of 8
 };
 

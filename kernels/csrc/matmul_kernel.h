@@ -5,6 +5,7 @@
 // activations' scales. Every (row of x, output) is summed in the same order whatever M is, so results
 // do not depend on batching or chunking.
 #pragma once
+#include "half.h"
 #include "kernels.h"
 
 namespace {
@@ -201,11 +202,15 @@ Q4_INLINE void MicroBlock(const Matmul& a, const Block& w, int64_t m0, int64_t k
           [&](int r, auto plane, I sum) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum); });
       Rows<R>([&](int r) Q4_LAMBDA {
         part[r] = Simd::Fma(Simd::ToFloat(dot[r]), w.s[g], part[r]);
-        if constexpr (S::has_min)
+        if constexpr (S::has_min && S::group < S::block)
           part[r] = Simd::Fma(w.m[g], Simd::Set((float)-sums[r * groups + g]), part[r]);
       });
     });
-    Rows<R>([&](int r) Q4_LAMBDA { total[r] = Simd::Fma(part[r], Simd::Set(d[r]), total[r]); });
+    Rows<R>([&](int r) Q4_LAMBDA {
+      total[r] = Simd::Fma(part[r], Simd::Set(d[r]), total[r]);
+      if constexpr (S::has_min && S::group == S::block)
+        total[r] = Simd::Fma(w.m[0], Simd::Set(-a.qx.dsum[row + r]), total[r]);
+    });
   }
 }
 
@@ -352,6 +357,8 @@ void TakeFloatRow(const uint8_t* w, int64_t K, int64_t row, float* out) {
   }
 }
 
+// Blocks of 32 round their scale, and its product with their sum, to float16, as ggml's block_q8_0
+// and block_q8_1 do: in step with llama.cpp, at a cost far below that of 8-bit codes.
 void Quantize(const float* x, int64_t K, int block, int64_t m, int64_t M, const q4::QuantizedX& out) {
   for (int64_t b = 0; b < K / block; b++) {
     const float* xb = x + b * block;
@@ -364,7 +371,8 @@ void Quantize(const float* x, int64_t K, int block, int64_t m, int64_t M, const 
       largest = magnitude > largest ? magnitude : largest;
     }
     // A block with a NaN or infinity makes its outputs NaN: int8 cannot carry either.
-    out.d[row] = finite ? largest / 127.0f : __builtin_nanf("");
+    const float scale = finite ? largest / 127.0f : __builtin_nanf("");
+    out.d[row] = block == 32 ? RoundToHalf(scale) : scale;
     // 1/d overflows where the largest is subnormal; dividing would cost more than it is worth.
     const float inverse = finite && largest > 1e-36f ? 127.0f / largest : 0.0f;
     for (int i = 0; i < block; i += 16) {
@@ -381,6 +389,10 @@ void Quantize(const float* x, int64_t K, int block, int64_t m, int64_t M, const 
       const int64_t g = (row * block + i) / 16;
       out.sum16[g] = (int16_t)sum;
       if (g & 1) out.sum32[g / 2] = (int16_t)(out.sum16[g - 1] + sum);
+    }
+    if (block == 32) {
+      const float sum = (float)out.sum32[row];
+      out.dsum[row] = InHalfRange(scale) ? RoundToHalf(scale * sum) : scale * sum;
     }
   }
 }

@@ -32,9 +32,10 @@ with warnings.catch_warnings(record=True) as caught:
   (y,) = jax.jit(lambda x, w: int4_matmul(x, [w]))(x, w)
   np.testing.assert_allclose(y[1], 0.5 * codes.sum(1), rtol=1e-3)
   np.testing.assert_array_equal(jax.jit(take_rows)(w, jnp.array([3, 15])), 0.5 * codes[[3, 15]])
-  one, cache = jnp.ones((1, 1, 2, 8)), jnp.full((1, 2, 4, 8), jnp.nan, jnp.float16)
+  one, cache = jnp.ones((1, 1, 2, 8)), jnp.full((1, 1, 2, 4, 8), jnp.nan, jnp.float16)
   at = jnp.zeros(1, jnp.int32)
-  out, _ = jax.jit(cached_attention)(one, one, 3 * one, (cache, cache), at, at + 1)
+  attend = jax.jit(cached_attention, static_argnames='layer')
+  out, _ = attend(one, one, 3 * one, (cache, cache), at, at + 1, layer=0)
   np.testing.assert_array_equal(out, 3 * one)
 print(ffi.available(), ffi.isa_name(), ffi.isa_name("scalar"))
 for warning in caught:

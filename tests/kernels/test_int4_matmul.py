@@ -47,23 +47,54 @@ def tiles_array(rows: np.ndarray, format: str) -> BlockArray:
   return BlockArray(jnp.asarray(out), format, len(rows), "x16")
 
 
-def rounded(x: np.ndarray, block: int) -> np.ndarray:
-  """The kernels' int8 activations as float64: d = max|x| / 127, round half to even, blockwise."""
+def half(x: np.ndarray) -> np.ndarray:
+  """float32 rounded to float16, but for what float16 has no normal number for."""
+  normal = (np.abs(x) >= np.finfo(np.float16).tiny) & (np.abs(x) < 65520)
+  return np.where(normal, np.where(normal, x, 0).astype(np.float16).astype(np.float32), x)
+
+
+def rounded(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+  """What the kernels multiply quantised weights by, as float64.
+
+  Blockwise int8 codes, d = max|x| / 127, round half to even. In blocks of 32 d is float16, and so
+  is d * sum(codes), which multiplies the minimum of q4_1 and q5_1 (ggml's block_q8_1).
+
+  Returns:
+    float64[M, K], and float64[M, K / block]: how far the float16 sum is above the sum of these.
+  """
   blocks = x.astype(np.float32).reshape(len(x), x.shape[1] // block, block)
   largest = np.abs(blocks).max(axis=-1, keepdims=True)
   inverse = np.where(largest > 1e-36, np.float32(127) / np.maximum(largest, 1e-36), np.float32(0))
   codes = np.rint(blocks * inverse.astype(np.float32))
   assert np.abs(codes).max(initial=0) <= 127
-  d = largest / np.float32(127)
-  return (codes.astype(np.float64) * d).reshape(x.shape)
+  scale = largest / np.float32(127)
+  d = half(scale) if block == 32 else scale
+  values = codes.astype(np.float64) * d
+  total = codes.sum(-1, keepdims=True)
+  normal = (d >= np.finfo(np.float16).tiny) & (d < 65520)
+  excess = np.where(normal, half(np.where(normal, scale, 0) * total) - total * np.float64(d), 0.0)
+  return values.reshape(x.shape), excess[..., 0]
+
+
+def minimums(rows: np.ndarray, format: str) -> np.ndarray:
+  """float64[N, K / 32] of q4_1 and q5_1: what a weight of code 0 is."""
+  blocks = rows.reshape(-1, block_shape(format)[1]).copy()
+  blocks[:, 4:] = 0
+  return random_blocks.dequantize(blocks.reshape(rows.shape), format)[:, ::32].astype(np.float64)
 
 
 def expected(x: np.ndarray, rows: np.ndarray, format: str, implementation: str) -> np.ndarray:
-  """float64[M, N]; the native kernels round x for quantised weights, the others do not."""
+  """float64[M, N]; the native kernels round x, the others do not."""
   w = random_blocks.dequantize(rows, format).astype(np.float64)
   block, _ = block_shape(format)
-  exact = not implementation.startswith("cpu") or format in FLOATS
-  return (x.astype(np.float64) if exact else rounded(x, block)) @ w.T
+  if not implementation.startswith("cpu") or format in ("f32", "bf16"):
+    return x.astype(np.float64) @ w.T
+  if format == "f16":
+    return half(x).astype(np.float64) @ w.T
+  values, excess = rounded(x, block)
+  if format in ("q4_1", "q5_1"):
+    return values @ w.T + excess @ minimums(rows, format).T
+  return values @ w.T
 
 
 def magnitude(x: np.ndarray, rows: np.ndarray, format: str) -> np.ndarray:
@@ -115,8 +146,9 @@ def test_all_formats_in_one_call(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["cpu_scalar", "cpu_avx2", "cpu_avx512"])
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 3e-3, 1.0, 1e4, 3e6, 1e20, 1e30])
 def test_scales_of_x(implementation: str, scale: float) -> None:
+  """About 3e-3 a block's scale begins to be float16's, about 1e4 its sum ends, about 3e6 itself."""
   runnable(implementation)
   rng = np.random.default_rng(2)
   weights = {f: random_blocks.random_rows(rng, f, 16, 256) for f in FORMATS}
@@ -280,9 +312,9 @@ def test_layout_by_hand(isa: str) -> None:
   w = tiles_array(row, "q4_0")
   for at, weight in ((0, -3.5), (16, 3.5), (1, 0.0)):
     x = np.zeros((1, 32), np.float32)
-    x[0, at] = 2.0
+    x[0, at] = 127.0  # Its block's scale is 1.
     (y,) = cpu.int4_matmul(jnp.asarray(x), [w], isa)
-    np.testing.assert_allclose(y, [[2 * weight]], rtol=1e-6)
+    np.testing.assert_allclose(y, [[127 * weight]], rtol=1e-6)
   assert np.flatnonzero(cpu.take_rows(w, jnp.zeros(1, jnp.int32), isa)).tolist() == [0, 16]
 
 

@@ -1,8 +1,8 @@
 """The same files, the same tokens: q4jax's logits, greedy text and perplexity beside llama.cpp's.
 
 Each test runs on recorded answers, and under `-m oracle` (`make oracles`) on live ones. For floats
-the two agree to rounding. For quantised weights both round activations to int8, each in its own
-order of operations, so neither is the truth: both are held against float64 arithmetic on the
+the two agree to rounding. For quantised weights both round activations to int8 after sums in
+different orders, so neither is the truth: both are held against float64 arithmetic on the
 dequantised weights, and q4jax must not be further from it than llama.cpp by more than a tenth.
 """
 
@@ -24,10 +24,10 @@ from shared_data import shared
 
 FLOATS = [stem for stem, model in SHARED.items() if model.is_float]
 QUANTISED = [stem for stem in SHARED if stem not in FLOATS]
-# How often the likeliest token is llama.cpp's. llama.cpp with a float16 KV cache agrees with itself
-# with a float32 one 98.3% to 99.3% of the time on these models, and float64 arithmetic with either
-# 98.9% to 99.6%: the models are small, so one flipped rounding moves their logits by 0.1.
-TOP1 = 0.98
+# How often the likeliest token is llama.cpp's. The rest are rounded the other way: llama.cpp with a
+# float16 KV cache agrees with itself with a float32 one 98.3% to 99.3% of the time on these models,
+# which are small, so that one flipped rounding moves their logits by 0.1.
+TOP1 = 0.99
 ABOUT = json.loads((DATA / "llama_cpp.json").read_text())
 
 

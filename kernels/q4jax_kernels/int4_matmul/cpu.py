@@ -1,8 +1,9 @@
 """The native CPU kernels (csrc/matmul_kernel.h): weights stream once, in their blocks.
 
-Activations of quantised weights are rounded to int8 in blocks of 256 (k-quants) or 32 weights with
-a float32 scale each, as llama.cpp does; accumulation is int32 within a group and float32 across.
-Float weights are multiplied in float32.
+Activations are rounded as llama.cpp rounds them. For quantised weights to int8, in blocks of 256
+(k-quants) with a float32 scale each or of 32 with a float16 one; for float16 weights to float16.
+What float16 has no normal number for stays float32. Accumulation is int32 within a group and
+float32 across.
 """
 
 import functools
