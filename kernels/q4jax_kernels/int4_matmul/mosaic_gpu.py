@@ -41,13 +41,14 @@ class Config(mosaic_gpu_kernel.Config):
   def choose(cls, m: int, w: RowPlanarArray) -> "Config":
     """For x [m, K].
 
-    Up to 64 rows sums are scaled, and four warpgroups unpack while four tiles arrive. For more,
-    fewer warpgroups leave registers for [64, block_m] sums.
+    Up to 64 rows sums are scaled. Unpacking keeps four warpgroups busy; where a thread of four
+    would spill registers (codes of two planes or 8 bits, more rows), there are two.
     """
     n, k = w.shape
     on_sums = m <= 64
     block_m = next(b for b in (8, 16, 32, 64, 128, 256) if b >= m or b == 256)
-    warpgroups = next(g for g in ((4, 2, 1) if on_sums else (2, 1)) if n % (WARPGROUP_ROWS * g) == 0)
+    most = 4 if block_m <= 16 and w.bits == (4,) else 2
+    warpgroups = next(g for g in (4, 2, 1) if g <= most and n % (WARPGROUP_ROWS * g) == 0)
     widest = CHUNK if on_sums or len(w.bits) > 1 else 64
     if not on_sums and w.group_size < k:
       widest = max(widest, w.group_size)
@@ -122,7 +123,7 @@ def _matmul(
   x16 = jnp.pad(x.astype(jnp.bfloat16), ((0, -m % config.block_m), (0, 0)))
   y = mosaic_gpu_kernel.call(x16, w, config, interpret)
   y = jnp.sum(y, axis=0) if config.splits > 1 else y[0]
-  y = y[:, :m].T
+  y = y[:m]
   return (_scaled(y, x16[:m], w) if w.num_groups == 1 else y).astype(x.dtype)
 
 

@@ -18,7 +18,7 @@ from q4jax_kernels.row_planar_array import CHUNK, RowPlanarArray
 
 WARPGROUP_ROWS = 64  # rows of W in a `wgmma`
 _SLICE = 64  # columns of W unpacked for one product, at most
-_SUM_REGISTERS = 64  # of a thread, for sums that are not yet scaled
+_BATCH_REGISTERS = 48  # of a thread, for products in flight: more, and ptxas serialises them
 
 _LAYOUT = plgpu.Layout.WGMMA
 _EACH_ROW, _EACH_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -100,14 +100,14 @@ def call(x: jax.Array, w: RowPlanarArray, config: Config, interpret: Any) -> jax
 
     def compute(pipeline: Callable[[Any], Any]) -> None:
       row = (block * config.warpgroups + lax.axis_index("warpgroup")) * WARPGROUP_ROWS
-      y = y_gmem.at[split, pl.ds(row, shape[0]), pl.ds(column * shape[1], shape[1])]
+      y = y_gmem.at[split, pl.ds(column * shape[1], shape[1]), pl.ds(row, shape[0])].T
 
       def accumulate(acc: Any) -> None:
         pipeline(acc)
-        y[...] = acc[...]
+        y[...] = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA_TRANSPOSED)
 
       if body.scales_sums:
-        y[...] = pipeline(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _LAYOUT))
+        y[...] = plgpu.layout_cast(pipeline(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _LAYOUT)), plgpu.Layout.WGMMA_TRANSPOSED)
       else:
         pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
 
@@ -128,7 +128,7 @@ def call(x: jax.Array, w: RowPlanarArray, config: Config, interpret: Any) -> jax
     options = {"interpret": interpret}
   return plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct((config.splits, n, m), jnp.float32),
+    out_type=jax.ShapeDtypeStruct((config.splits, m, n), jnp.float32),
     scratch_types=scratch,
     grid=(n // config.block_n, m // config.block_m, config.splits),
     grid_names=("n", "m", "split"),
@@ -190,7 +190,9 @@ class _Body:
     weights = _Weights(tiles, rows, self._bits)
     groups = range(self._config.block_k // self._group)
     if self.scales_sums:
-      batch = max(1, _SUM_REGISTERS * 2 // self._config.block_m)
+      # A thread holds 1/128 of each [64, block_m] float32 and [64, group_size] bfloat16.
+      registers = self._config.block_m // 2 + self._group // 4
+      batch = max(1, _BATCH_REGISTERS // registers)
       for at in range(0, len(groups), batch):
         carry = self._add_sums(tiles, weights, groups[at : at + batch], carry, copy)
       return carry
