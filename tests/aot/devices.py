@@ -6,6 +6,7 @@ what the targets below need into an environment of its own.
 
 import functools
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -73,11 +74,7 @@ def figures(compiled: jax.stages.Compiled) -> dict[str, int]:
   }
 
 
-def largest_float(compiled: jax.stages.Compiled) -> int:
-  """The number of elements of the largest float array anywhere in the compiled program."""
+def float_sizes(compiled: jax.stages.Compiled) -> set[int]:
+  """The numbers of elements of all float arrays anywhere in the compiled program."""
   shapes = re.findall(r"\b(?:bf16|f16|f32|f64)\[([\d,]+)\]", compiled.as_text())
-  return max(_product(shape) for shape in shapes)
-
-
-def _product(shape: str) -> int:
-  return functools.reduce(lambda a, b: a * int(b), shape.split(","), 1)
+  return {math.prod(map(int, shape.split(","))) for shape in shapes}

@@ -5,12 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
-from q4jax_kernels.planar_array import PlanarArray
-from q4jax_kernels.q4_array import Q4Array
 
-from aot.devices import device, figures, largest_float, on
-from q4jax_kernels.block_array import BlockArray, block_shape
+from aot.devices import device, figures, float_sizes, on
+from aot.weights import blocks, q4
 from q4jax_kernels.int4_matmul import pallas_tpu
+from q4jax_kernels.planar_array import PlanarArray
 
 TPUS = ("v5e", "v6e")
 ROWS = (1, 8, 512)  # one token, a small batch, a prompt
@@ -23,21 +22,6 @@ SHAPES = {  # K, N
 }
 VMEM = 32 << 20  # the kernel's limit
 TEMP = 64 << 10
-
-
-def blocks(format: str, k: int, n: int) -> PlanarArray:
-  """A weight of a GGUF format, without values."""
-  size, nbytes = block_shape(format)
-  rows = jax.ShapeDtypeStruct((n, k // size * nbytes), jnp.uint8)
-  return jax.eval_shape(lambda rows: PlanarArray.from_blocks(BlockArray(rows, format, n)), rows)
-
-
-def q4(group_size: int | None, symmetric: bool, k: int, n: int) -> PlanarArray:
-  """A 4-bit weight without values; one scale for all of K where group_size is None."""
-  scale = jax.ShapeDtypeStruct((n, k // group_size if group_size else 1), jnp.float16)
-  packed = jax.ShapeDtypeStruct((n, k // 2), jnp.uint8)
-  w = Q4Array(packed, scale, None if symmetric else scale)
-  return jax.eval_shape(PlanarArray.from_q4, w)
 
 
 def compile_for(tpu: str, matmul: Callable, m: int, w: PlanarArray) -> jax.stages.Compiled:
@@ -55,7 +39,7 @@ def check(tpu: str, name: str, format: str, m: int, w: PlanarArray, record: Call
   n, k = w.shape
   found = figures(compiled)
   assert "int4_matmul" in compiled.as_text()
-  assert largest_float(compiled) < n * k, "a float copy of the weight"
+  assert max(float_sizes(compiled)) < n * k, "a float copy of the weight"
   assert found["temp"] <= TEMP
   assert 0 < found["vmem"] <= VMEM
   assert found["flops"] >= 2 * m * n * k
@@ -98,4 +82,4 @@ def test_sees_a_float_copy() -> None:
   """What the other tests look for is found where it is."""
   w = blocks("q4_k", *SHAPES["1B down"])
   compiled = compile_for("v5e", lambda x, w: x @ w.dequantize().T, 8, w)
-  assert largest_float(compiled) >= w.shape[0] * w.shape[1]
+  assert max(float_sizes(compiled)) >= w.shape[0] * w.shape[1]

@@ -182,12 +182,12 @@ def _check(config: Config, m: int, parts: _Parts, law: Law) -> None:
 
 
 def _kernel(
-  x_ref,  # [block_m, block_k] bfloat16, each chunk's columns reordered
+  x_ref: Any,  # [block_m, block_k] bfloat16, each chunk's columns reordered
   w: _Parts,  # of refs
-  y_ref,  # [block_m, block_n]
-  sum_ref,  # [block_m, block_n] float32
-  scale_ref,  # [chunks, groups of a chunk, block_n] float32
-  minimum_ref,  # as scale_ref, or None
+  y_ref: Any,  # [block_m, block_n]
+  sum_ref: Any,  # [block_m, block_n] float32
+  scale_ref: Any,  # [chunks, groups of a chunk, block_n] float32
+  minimum_ref: Any,  # as scale_ref, or None
   *,
   law: Law,
 ) -> None:
