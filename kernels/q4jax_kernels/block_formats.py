@@ -171,6 +171,16 @@ def unpack_codes(field: Array, bits: int, run: int, xp: ModuleType) -> Array:
   return codes.reshape(*batch, n * 8 // bits)
 
 
+def pack_codes(codes: Array, bits: int, run: int) -> Array:
+  """The inverse of `unpack_codes`."""
+  *batch, n = codes.shape
+  slots = codes.reshape(*batch, n * bits // 8 // run, 8 // bits, run)
+  packed = slots[..., 0, :]
+  for j in range(1, 8 // bits):
+    packed = packed | slots[..., j, :] << bits * j
+  return packed.reshape(*batch, n * bits // 8)
+
+
 def six_bit_pairs(factors: Array, xp: ModuleType) -> tuple[Array, Array]:
   """Eight 6-bit scales and minimums, uint8, from the 12 bytes of q4_k and q5_k.
 

@@ -16,7 +16,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from q4jax_kernels.block_formats import FORMATS, Array, fields, half, six_bit_pairs, unpack_codes
+from q4jax_kernels.block_formats import (
+  FORMATS,
+  Array,
+  fields,
+  half,
+  pack_codes,
+  six_bit_pairs,
+  unpack_codes,
+)
 
 
 class Parts(NamedTuple):
@@ -57,7 +65,7 @@ def _split_q4_0(blocks: Array, xp: ModuleType) -> Parts:
 
 
 def _join_q4_0(p: Parts, xp: ModuleType) -> Array:
-  return xp.concatenate([_half_bytes(p.scale, xp), _pack(p.codes, 4, 16, xp)], axis=-1)
+  return xp.concatenate([_half_bytes(p.scale, xp), pack_codes(p.codes, 4, 16)], axis=-1)
 
 
 def _split_q4_1(blocks: Array, xp: ModuleType) -> Parts:
@@ -67,7 +75,7 @@ def _split_q4_1(blocks: Array, xp: ModuleType) -> Parts:
 
 def _join_q4_1(p: Parts, xp: ModuleType) -> Array:
   factors = [_half_bytes(p.scale, xp), _half_bytes(-p.minimum, xp)]
-  return xp.concatenate([*factors, _pack(p.codes, 4, 16, xp)], axis=-1)
+  return xp.concatenate([*factors, pack_codes(p.codes, 4, 16)], axis=-1)
 
 
 def _split_q8_0(blocks: Array, xp: ModuleType) -> Parts:
@@ -86,7 +94,7 @@ def _split_q4_k(blocks: Array, xp: ModuleType) -> Parts:
 
 
 def _join_q4_k(p: Parts, xp: ModuleType) -> Array:
-  return xp.concatenate([_k_factors(p, xp), _pack(p.codes, 4, 32, xp)], axis=-1)
+  return xp.concatenate([_k_factors(p, xp), pack_codes(p.codes, 4, 32)], axis=-1)
 
 
 def _split_q5_k(blocks: Array, xp: ModuleType) -> Parts:
@@ -97,7 +105,7 @@ def _split_q5_k(blocks: Array, xp: ModuleType) -> Parts:
 
 
 def _join_q5_k(p: Parts, xp: ModuleType) -> Array:
-  high, low = _pack(p.codes >> 4, 1, 32, xp), _pack(p.codes & 15, 4, 32, xp)
+  high, low = pack_codes(p.codes >> 4, 1, 32), pack_codes(p.codes & 15, 4, 32)
   return xp.concatenate([_k_factors(p, xp), high, low], axis=-1)
 
 
@@ -108,7 +116,7 @@ def _split_q6_k(blocks: Array, xp: ModuleType) -> Parts:
 
 
 def _join_q6_k(p: Parts, xp: ModuleType) -> Array:
-  low, high = _pack(p.codes & 15, 4, 64, xp), _pack(p.codes >> 4, 2, 32, xp)
+  low, high = pack_codes(p.codes & 15, 4, 64), pack_codes(p.codes >> 4, 2, 32)
   return xp.concatenate([low, high, p.scale_code.view(xp.uint8), _half_bytes(p.scale, xp)], axis=-1)
 
 
@@ -119,16 +127,6 @@ def _k_factors(p: Parts, xp: ModuleType) -> Array:
   third = s[..., 4:] & 15 | (m[..., 4:] & 15) << 4
   halves = [_half_bytes(p.scale, xp), _half_bytes(p.minimum, xp)]
   return xp.concatenate([*halves, first, second, third], axis=-1)
-
-
-def _pack(codes: Array, bits: int, run: int, xp: ModuleType) -> Array:
-  """The inverse of `unpack_codes`."""
-  *batch, n = codes.shape
-  slots = codes.reshape(*batch, n * bits // 8 // run, 8 // bits, run)
-  packed = slots[..., 0, :]
-  for j in range(1, 8 // bits):
-    packed = packed | slots[..., j, :] << bits * j
-  return packed.reshape(*batch, n * bits // 8)
 
 
 def _half_bytes(x: Array, xp: ModuleType) -> Array:
