@@ -1,4 +1,4 @@
-// How each GGUF block format is read in the x16 layout (block_array.py): sixteen rows side by side,
+// How each block format is read in the x16 layout (block_array.py): sixteen rows side by side,
 // every field of a block interleaved across the rows, so that lane r of a vector is row r.
 //
 // A format says: block (weights), group (weights per scale), bytes (of one row's block), offset and
@@ -196,6 +196,34 @@ struct Q3_K : Base {  // hmask[32], qs[64], scales[12], d
       const I low = Simd::And(Simd::Shr(Simd::LoadU8(p + 1536 + 16 * (g & 7)), g < 8 ? 0 : 4), Simd::ISet(15));
       const I top = Simd::And(Simd::Shr(Simd::LoadU8(p + 1664 + 16 * (g & 3)), 2 * (g / 4)), Simd::ISet(3));
       s[g] = ScaleI8(d, Simd::AddI(Simd::Or(low, Simd::Shl(top, 4)), Simd::ISet(-32)));
+    }
+  }
+};
+
+// ---- Group-wise weights: scales, (minimums), codes. A run of bytes holds its weights in the low
+// nibbles and as many more in the high ones. A group of more than 32 is read as several of 32.
+
+template <int kGroup, bool kHasMin, bool kWideScales>
+struct Grouped : Base {
+  static constexpr q4::GroupwiseFormat format{kGroup, kHasMin, kWideScales};
+  static constexpr int block = format.block(), group = kGroup < 32 ? kGroup : 32, bytes = format.bytes();
+  static constexpr int offset = kHasMin ? 0 : 8;
+  static constexpr bool has_min = kHasMin;
+  template <int g>
+  static Q4_INLINE I Codes(const uint8_t* p, int i) {
+    constexpr int run = block == 32 ? 16 : 32, first = g * group;
+    const uint8_t* codes = p + (bytes - block / 2) * q4::kRows + first / (2 * run) * run * q4::kRows;
+    const int l = first % (2 * run) + 4 * i;
+    return Nibble(Word(codes, l % run / 4), l >= run);
+  }
+  static Q4_INLINE F Factor(const uint8_t* p, int g) {
+    const int at = g * group / kGroup;
+    return kWideScales ? Simd::Load((const float*)(p + 64 * at)) : Simd::LoadHalf(p + 32 * at);
+  }
+  static void Scales(const uint8_t* p, F* s, F* m) {
+    for (int g = 0; g < block / group; g++) {
+      s[g] = Factor(p, g);
+      if (kHasMin) m[g] = Factor(p + format.scale_bytes() * q4::kRows, g);
     }
   }
 };

@@ -15,8 +15,18 @@ namespace q4 {
 namespace {
 
 // Weights of a block and bytes of a block, by Format.
-constexpr int kBlockSize[kNumFormats] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256, 32, 256};
-constexpr int kBlockBytes[kNumFormats] = {4, 2, 2, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210, 18, 136};
+struct BlockSizes {
+  int weights[kNumFormats] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256, 32, 256};
+  int bytes[kNumFormats] = {4, 2, 2, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210, 18, 136};
+  constexpr BlockSizes() {
+    for (int f = kGroupwise; f < kNumFormats; f++) weights[f] = Groupwise(f).block(), bytes[f] = Groupwise(f).bytes();
+  }
+};
+constexpr BlockSizes kBlocks;
+constexpr const int* kBlockSize = kBlocks.weights;
+constexpr const int* kBlockBytes = kBlocks.bytes;
+
+bool HasGroupsOf8(int64_t format) { return format >= kGroupwise && Groupwise(format).group == 8; }
 
 // 0 = the best this processor has; otherwise 1 + index into this order.
 const Kernels* Select(int64_t isa) {
@@ -39,8 +49,8 @@ int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_th
 // x rounded to signed bytes in blocks of 32 or 256, in memory that is kept between calls.
 struct Activations {
   std::vector<int8_t> q;
-  std::vector<float> d, neg16f, neg32f;
-  std::vector<int32_t> sum16, sum32;
+  std::vector<float> d, neg16f, neg32f, neg8f;
+  std::vector<int32_t> sum16, sum32, sum8;
 
   void Resize(int64_t M, int64_t K) {
     q.resize(M * K);
@@ -52,8 +62,17 @@ struct Activations {
     kernels.quantize(x + m * K, K, block, &q[m * K], &d[m * (K / block)], &sum16[m * (K / 16)],
                      &sum32[m * (K / 32)], &neg16f[m * (K / 16)], &neg32f[m * (K / 32)]);
   }
+  void SumsOf8(int64_t M, int64_t K) {
+    sum8.resize(M * (K / 8)), neg8f.resize(M * (K / 8));
+    for (int64_t g = 0; g < M * (K / 8); g++) {
+      int32_t sum = 0;
+      for (int j = 0; j < 8; j++) sum += q[8 * g + j];
+      sum8[g] = sum, neg8f[g] = (float)-sum;
+    }
+  }
   QuantizedX View() const {
-    return {q.data(), d.data(), sum16.data(), sum32.data(), neg16f.data(), neg32f.data()};
+    return {q.data(),      d.data(),      sum16.data(), sum32.data(),
+            neg16f.data(), neg32f.data(), sum8.data(),  neg8f.data()};
   }
 };
 
@@ -76,7 +95,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
 
   std::vector<Matmul> calls(ws.size());
-  bool need32 = false, need256 = false;
+  bool need32 = false, need256 = false, need8 = false;
   for (size_t i = 0; i < ws.size(); i++) {
     auto w = ws.get<ffi::Buffer<ffi::U8>>(i);
     auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
@@ -87,6 +106,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     calls[i] = {w->typed_data(), x.typed_data(), {}, (*y)->typed_data(), M, K, dims[1]};
     need32 |= kBlockSize[formats[i]] == 32;
     need256 |= kBlockSize[formats[i]] == 256;
+    need8 |= HasGroupsOf8(formats[i]);
   }
   if (M == 0) return ffi::Error::Success();
 
@@ -101,6 +121,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
       if (need256) a256.Row(*kernels, x.typed_data(), m, K, 256);
     });
   }
+  if (need8) a32.SumsOf8(M, K);  // Their blocks have 32 weights.
 
   // Cut all outputs into pieces of about equal bytes, several for each thread, so that a thread
   // that is held up leaves its share to the others.

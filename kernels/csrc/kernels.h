@@ -8,8 +8,25 @@ namespace q4 {
 // The order is shared with block_array.py (FORMAT_IDS).
 enum Format {
   kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ2_K, kQ3_K, kQ4_K, kQ5_K, kQ6_K, kIQ4_NL, kIQ4_XS,
-  kNumFormats
+  kGroupwise,  // The first of 24; see GroupwiseFormat.
+  kNumFormats = kGroupwise + 24
 };
+
+// Weights of our own quantisers: 4-bit codes, a scale and perhaps a minimum a group (q4_formats.py).
+// Four formats a group size, in this order: s_f16, s_f32 (symmetric), a_f16, a_f32 (with minimum).
+#define Q4_GROUP_SIZES(X) X(8) X(16) X(32) X(64) X(128) X(256)
+
+struct GroupwiseFormat {
+  int group;
+  bool has_min, wide_scales;  // Scales are float32, otherwise float16.
+  constexpr int block() const { return group <= 32 ? 32 : 256; }
+  constexpr int scale_bytes() const { return block() / group * (wide_scales ? 4 : 2); }
+  constexpr int bytes() const { return scale_bytes() * (has_min ? 2 : 1) + block() / 2; }
+};
+constexpr GroupwiseFormat Groupwise(int format) {
+  const int i = format - kGroupwise;
+  return {8 << i / 4, i % 4 >= 2, i % 2 == 1};
+}
 
 constexpr int kRows = 16;  // Rows side by side in the x16 layout.
 
@@ -20,6 +37,8 @@ struct QuantizedX {
   const float* d;
   const int32_t *sum16, *sum32;
   const float *neg16f, *neg32f;
+  const int32_t* sum8;  // Only where a weight has groups of 8; so neg8f.
+  const float* neg8f;
 };
 
 struct Matmul {

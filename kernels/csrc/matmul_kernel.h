@@ -66,14 +66,22 @@ struct Unpacked {
   Q4_INLINE I Codes(int i) const { return Simd::ILoad(codes + kRows * (g * Fmt::group + 4 * i)); }
 };
 
+// The sums of x over groups of 8, 16 or 32, and their negatives.
+template <int group>
+Q4_INLINE const int32_t* Sums(const q4::QuantizedX& x) { return group == 8 ? x.sum8 : group == 16 ? x.sum16 : x.sum32; }
+template <int group>
+Q4_INLINE const float* Negatives(const q4::QuantizedX& x) {
+  return group == 8 ? x.neg8f : group == 16 ? x.neg16f : x.neg32f;
+}
+
 // total[r] += x[m0 + r] . block `kb`, for R rows of x.
 template <class Fmt, int R, class Block>
 Q4_INLINE void MicroBlock(const Matmul& a, const Block& w, int64_t m0, int64_t kb, F* total) {
   constexpr int kChunks = Fmt::group / 4;
   const int64_t K = a.K;
   const int8_t* q = a.qx.q + m0 * K + kb * Fmt::block;
-  const int32_t* sums = (Fmt::group == 16 ? a.qx.sum16 : a.qx.sum32) + (m0 * K + kb * Fmt::block) / Fmt::group;
-  const float* negs = (Fmt::group == 16 ? a.qx.neg16f : a.qx.neg32f) + (m0 * K + kb * Fmt::block) / Fmt::group;
+  const int32_t* sums = Sums<Fmt::group>(a.qx) + (m0 * K + kb * Fmt::block) / Fmt::group;
+  const float* negs = Negatives<Fmt::group>(a.qx) + (m0 * K + kb * Fmt::block) / Fmt::group;
   F part[R];
   for (int r = 0; r < R; r++) part[r] = Simd::Zero();
   Unroll<Groups<Fmt>()>([&](auto index) Q4_LAMBDA {

@@ -1,5 +1,7 @@
 """A matrix kept as its file stores it: quantised blocks along each row, every bit of them.
 
+The formats are GGUF's (block_formats.py) and our own group-wise ones (q4_formats.py).
+
 Layouts of `data` (both uint8, both exact):
   rows  [N, row_bytes]             row after row, as in a GGUF file.
   x16   [ceil(N / 16), 16 * row_bytes]  sixteen rows side by side: within a block, each field is cut
@@ -15,6 +17,7 @@ import numpy as np
 
 from q4jax_kernels import ffi
 from q4jax_kernels.block_formats import FORMATS
+from q4jax_kernels.q4_formats import Q4_FORMATS
 
 ROWS = 16  # rows side by side in the x16 layout
 
@@ -36,22 +39,24 @@ FIELDS: dict[str, tuple[tuple[int, int], ...]] = {
   "q6_k": ((128, 4), (64, 4), (16, 1), (2, 2)),
   "iq4_nl": ((2, 2), (16, 4)),
   "iq4_xs": ((2, 2), (2, 2), (4, 1), (128, 4)),
+  **{name: form.fields for name, form in Q4_FORMATS.items()},
 }
 # The kernels' numbering (csrc/kernels.h, enum Format).
 FORMAT_IDS = {name: i for i, name in enumerate(FIELDS)}
+_LAWS = FORMATS | Q4_FORMATS
 
 
 def block_shape(format: str) -> tuple[int, int]:
   """(weights, bytes) of one block; a float format has blocks of one weight."""
-  if format in FORMATS:
-    return FORMATS[format].block_size, FORMATS[format].block_bytes
+  if format in _LAWS:
+    return _LAWS[format].block_size, _LAWS[format].block_bytes
   return 1, FIELDS[format][0][0]
 
 
 def dequantize_blocks(blocks: jax.Array, format: str) -> jax.Array:
   """uint8[..., block_bytes] -> float32[..., block_size], bit-exact to the format's definition."""
-  if format in FORMATS:
-    return FORMATS[format].dequantize(blocks, jnp)
+  if format in _LAWS:
+    return _LAWS[format].dequantize(blocks, jnp)
   dtype = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}[format]
   return jax.lax.bitcast_convert_type(blocks, dtype)[..., None].astype(jnp.float32)
 
@@ -97,6 +102,16 @@ class BlockArray:
       at += ROWS * size
     plain = jnp.concatenate(parts, axis=-1).reshape(tiles * ROWS, width // ROWS)
     return BlockArray(plain[: self.num_rows], self.format, self.num_rows, "rows")
+
+  def tiles(self) -> "BlockArray":
+    """The same matrix in the `x16` layout, made on the host: at load, not under jit."""
+    if self.layout == "x16":
+      return self
+    rows = np.asarray(self.data)
+    out = np.empty((-(-self.num_rows // ROWS), ROWS * rows.shape[1]), np.uint8)
+    for tile, part in enumerate(out):
+      interleave_tile(rows[tile * ROWS : (tile + 1) * ROWS], self.format, part)
+    return BlockArray(jnp.asarray(out), self.format, self.num_rows, "x16")
 
   def dequantize(self) -> jax.Array:
     """float32[N, K]."""

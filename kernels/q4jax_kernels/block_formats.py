@@ -44,34 +44,34 @@ class BlockFormat:
 
 def q4_0(blocks: Array, xp: ModuleType = jnp) -> Array:
   """Bytes: d f16 | codes q4(16).  w = d * (code - 8)."""
-  d, codes = _fields(blocks, 2, 16)
-  return _affine(_float(_codes(codes, 4, 16, xp), xp) - 8, _half(d, xp))
+  d, codes = fields(blocks, 2, 16)
+  return _affine(_float(unpack_codes(codes, 4, 16, xp), xp) - 8, half(d, xp))
 
 
 def q4_1(blocks: Array, xp: ModuleType = jnp) -> Array:
   """Bytes: d f16 | m f16 | codes q4(16).  w = d * code + m."""
-  d, m, codes = _fields(blocks, 2, 2, 16)
-  return _affine(_float(_codes(codes, 4, 16, xp), xp), _half(d, xp), -_half(m, xp))
+  d, m, codes = fields(blocks, 2, 2, 16)
+  return _affine(_float(unpack_codes(codes, 4, 16, xp), xp), half(d, xp), -half(m, xp))
 
 
 def q5_0(blocks: Array, xp: ModuleType = jnp) -> Array:
   """Bytes: d f16 | fifth bits q1(1)[4] | low bits q4(16).  w = d * (code - 16)."""
-  d, high, low = _fields(blocks, 2, 4, 16)
-  codes = _codes(low, 4, 16, xp) | _codes(high, 1, 1, xp) << 4
-  return _affine(_float(codes, xp) - 16, _half(d, xp))
+  d, high, low = fields(blocks, 2, 4, 16)
+  codes = unpack_codes(low, 4, 16, xp) | unpack_codes(high, 1, 1, xp) << 4
+  return _affine(_float(codes, xp) - 16, half(d, xp))
 
 
 def q5_1(blocks: Array, xp: ModuleType = jnp) -> Array:
   """Bytes: d f16 | m f16 | fifth bits q1(1)[4] | low bits q4(16).  w = d * code + m."""
-  d, m, high, low = _fields(blocks, 2, 2, 4, 16)
-  codes = _codes(low, 4, 16, xp) | _codes(high, 1, 1, xp) << 4
-  return _affine(_float(codes, xp), _half(d, xp), -_half(m, xp))
+  d, m, high, low = fields(blocks, 2, 2, 4, 16)
+  codes = unpack_codes(low, 4, 16, xp) | unpack_codes(high, 1, 1, xp) << 4
+  return _affine(_float(codes, xp), half(d, xp), -half(m, xp))
 
 
 def q8_0(blocks: Array, xp: ModuleType = jnp) -> Array:
   """Bytes: d f16 | codes i8[32].  w = d * code."""
-  d, codes = _fields(blocks, 2, 32)
-  return _affine(_float(codes.view(xp.int8), xp), _half(d, xp))
+  d, codes = fields(blocks, 2, 32)
+  return _affine(_float(codes.view(xp.int8), xp), half(d, xp))
 
 
 def q2_k(blocks: Array, xp: ModuleType = jnp) -> Array:
@@ -80,10 +80,10 @@ def q2_k(blocks: Array, xp: ModuleType = jnp) -> Array:
   16 groups of 16: w = (d * scale) * code - d_min * minimum. A group's byte holds the scale in its
   low and the minimum in its high nibble.
   """
-  factors, codes, d, d_min = _fields(blocks, 16, 64, 2, 2)
-  scale = _half(d, xp) * _float(factors & 15, xp)
-  minimum = _half(d_min, xp) * _float(factors >> 4, xp)
-  return _affine(_float(_codes(codes, 2, 32, xp), xp), scale, minimum)
+  factors, codes, d, d_min = fields(blocks, 16, 64, 2, 2)
+  scale = half(d, xp) * _float(factors & 15, xp)
+  minimum = half(d_min, xp) * _float(factors >> 4, xp)
+  return _affine(_float(unpack_codes(codes, 2, 32, xp), xp), scale, minimum)
 
 
 def q3_k(blocks: Array, xp: ModuleType = jnp) -> Array:
@@ -91,22 +91,26 @@ def q3_k(blocks: Array, xp: ModuleType = jnp) -> Array:
 
   16 groups of 16: w = (d * (scale - 32)) * (code - 4), scales of 6 bits.
   """
-  high, low, scale_low, scale_high, d = _fields(blocks, 32, 64, 8, 4, 2)
-  scale = _float(_codes(scale_low, 4, 8, xp) | _codes(scale_high, 2, 4, xp) << 4, xp) - 32
-  codes = _codes(low, 2, 32, xp) | _codes(high, 1, 32, xp) << 2
-  return _affine(_float(codes, xp) - 4, _half(d, xp) * scale)
+  high, low, scale_low, scale_high, d = fields(blocks, 32, 64, 8, 4, 2)
+  scale = (
+    _float(unpack_codes(scale_low, 4, 8, xp) | unpack_codes(scale_high, 2, 4, xp) << 4, xp) - 32
+  )
+  codes = unpack_codes(low, 2, 32, xp) | unpack_codes(high, 1, 32, xp) << 2
+  return _affine(_float(codes, xp) - 4, half(d, xp) * scale)
 
 
 def q4_k(blocks: Array, xp: ModuleType = jnp) -> Array:
   """Bytes: d f16 | d_min f16 | scales and minimums u8[12] | codes q4(32)[128].
 
   8 groups of 32: w = (d * scale) * code - d_min * minimum. The 6-bit scales and minimums: see
-  `_scales_and_minimums`.
+  `six_bit_pairs`.
   """
-  d, d_min, factors, codes = _fields(blocks, 2, 2, 12, 128)
-  scale, minimum = _scales_and_minimums(factors, xp)
+  d, d_min, factors, codes = fields(blocks, 2, 2, 12, 128)
+  scale, minimum = six_bit_pairs(factors, xp)
   return _affine(
-    _float(_codes(codes, 4, 32, xp), xp), _half(d, xp) * scale, _half(d_min, xp) * minimum
+    _float(unpack_codes(codes, 4, 32, xp), xp),
+    half(d, xp) * _float(scale, xp),
+    half(d_min, xp) * _float(minimum, xp),
   )
 
 
@@ -115,10 +119,12 @@ def q5_k(blocks: Array, xp: ModuleType = jnp) -> Array:
 
   8 groups of 32, as q4_k with codes of 5 bits.
   """
-  d, d_min, factors, high, low = _fields(blocks, 2, 2, 12, 32, 128)
-  scale, minimum = _scales_and_minimums(factors, xp)
-  codes = _codes(low, 4, 32, xp) | _codes(high, 1, 32, xp) << 4
-  return _affine(_float(codes, xp), _half(d, xp) * scale, _half(d_min, xp) * minimum)
+  d, d_min, factors, high, low = fields(blocks, 2, 2, 12, 32, 128)
+  scale, minimum = six_bit_pairs(factors, xp)
+  codes = unpack_codes(low, 4, 32, xp) | unpack_codes(high, 1, 32, xp) << 4
+  return _affine(
+    _float(codes, xp), half(d, xp) * _float(scale, xp), half(d_min, xp) * _float(minimum, xp)
+  )
 
 
 def q6_k(blocks: Array, xp: ModuleType = jnp) -> Array:
@@ -126,16 +132,16 @@ def q6_k(blocks: Array, xp: ModuleType = jnp) -> Array:
 
   16 groups of 16: w = (d * scale) * (code - 32).
   """
-  low, high, scale, d = _fields(blocks, 128, 64, 16, 2)
-  codes = _codes(low, 4, 64, xp) | _codes(high, 2, 32, xp) << 4
-  scale = _half(d, xp) * _float(scale.view(xp.int8), xp)
+  low, high, scale, d = fields(blocks, 128, 64, 16, 2)
+  codes = unpack_codes(low, 4, 64, xp) | unpack_codes(high, 2, 32, xp) << 4
+  scale = half(d, xp) * _float(scale.view(xp.int8), xp)
   return _affine(_float(codes, xp) - 32, scale)
 
 
 def iq4_nl(blocks: Array, xp: ModuleType = jnp) -> Array:
   """Bytes: d f16 | indices q4(16).  w = d * codebook[index], 16 fixed integers, denser around 0."""
-  d, indices = _fields(blocks, 2, 16)
-  return _affine(_codebook(_codes(indices, 4, 16, xp), xp), _half(d, xp))
+  d, indices = fields(blocks, 2, 16)
+  return _affine(_codebook(unpack_codes(indices, 4, 16, xp), xp), half(d, xp))
 
 
 def iq4_xs(blocks: Array, xp: ModuleType = jnp) -> Array:
@@ -143,19 +149,21 @@ def iq4_xs(blocks: Array, xp: ModuleType = jnp) -> Array:
 
   8 groups of 32: w = (d * (scale - 32)) * codebook[index], scales of 6 bits.
   """
-  d, scale_high, scale_low, indices = _fields(blocks, 2, 2, 4, 128)
-  scale = _float(_codes(scale_low, 4, 1, xp) | _codes(scale_high, 2, 1, xp) << 4, xp) - 32
-  return _affine(_codebook(_codes(indices, 4, 16, xp), xp), _half(d, xp) * scale)
+  d, scale_high, scale_low, indices = fields(blocks, 2, 2, 4, 128)
+  scale = (
+    _float(unpack_codes(scale_low, 4, 1, xp) | unpack_codes(scale_high, 2, 1, xp) << 4, xp) - 32
+  )
+  return _affine(_codebook(unpack_codes(indices, 4, 16, xp), xp), half(d, xp) * scale)
 
 
-def _fields(blocks: Array, *sizes: int) -> list[Array]:
+def fields(blocks: Array, *sizes: int) -> list[Array]:
   """The consecutive fields of a block, of these many bytes."""
   assert blocks.shape[-1] == sum(sizes), (blocks.shape, sizes)
   starts = np.cumsum([0, *sizes]).tolist()
   return [blocks[..., a:b] for a, b in pairwise(starts)]
 
 
-def _codes(field: Array, bits: int, run: int, xp: ModuleType) -> Array:
+def unpack_codes(field: Array, bits: int, run: int, xp: ModuleType) -> Array:
   """uint8[..., n] to the uint8[..., n * 8 / bits] codes that lie in it as `q<bits>(run)`."""
   *batch, n = field.shape
   shifts = xp.arange(0, 8, bits, dtype=xp.uint8).reshape((1,) * field.ndim + (-1, 1))
@@ -163,16 +171,26 @@ def _codes(field: Array, bits: int, run: int, xp: ModuleType) -> Array:
   return codes.reshape(*batch, n * 8 // bits)
 
 
-def _scales_and_minimums(factors: Array, xp: ModuleType) -> tuple[Array, Array]:
-  """Eight 6-bit scales and minimums from the 12 bytes of q4_k and q5_k.
+def pack_codes(codes: Array, bits: int, run: int) -> Array:
+  """The inverse of `unpack_codes`."""
+  *batch, n = codes.shape
+  slots = codes.reshape(*batch, n * bits // 8 // run, 8 // bits, run)
+  packed = slots[..., 0, :]
+  for j in range(1, 8 // bits):
+    packed = packed | slots[..., j, :] << bits * j
+  return packed.reshape(*batch, n * bits // 8)
+
+
+def six_bit_pairs(factors: Array, xp: ModuleType) -> tuple[Array, Array]:
+  """Eight 6-bit scales and minimums, uint8, from the 12 bytes of q4_k and q5_k.
 
   Bytes 0-3 hold scales 0-3 and bytes 4-7 minimums 0-3 in their low 6 bits; their top 2 bits are the
   top bits of scales 4-7 and of minimums 4-7, whose low 4 bits are the nibbles of bytes 8-11.
   """
-  first, second, third = _fields(factors, 4, 4, 4)
+  first, second, third = fields(factors, 4, 4, 4)
   scale = xp.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=-1)
   minimum = xp.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=-1)
-  return _float(scale, xp), _float(minimum, xp)
+  return scale, minimum
 
 
 def _codebook(indices: Array, xp: ModuleType) -> Array:
@@ -193,7 +211,7 @@ def _affine(codes: Array, scale: Array, minimum: Array | None = None) -> Array:
   return w.reshape(codes.shape)
 
 
-def _half(field: Array, xp: ModuleType) -> Array:
+def half(field: Array, xp: ModuleType) -> Array:
   """uint8[..., 2], a little-endian float16, as float32[..., 1]."""
   return field.view(xp.float16).astype(xp.float32)
 

@@ -1,7 +1,7 @@
 """XLA on any device: dequantise to bfloat16 (float32 on a CPU) and use the device's matmul.
 
-The dequantised matrix is a temporary of the size of one weight. The Pallas kernels that avoid it
-are the next step; this path is what runs where there is none.
+The dequantised matrix is a temporary of the size of one weight. This path is what runs where there
+is no kernel that avoids it.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from q4jax_kernels.block_array import BlockArray
+from q4jax_kernels.planar_array import PlanarArray
+from q4jax_kernels.q4_array import Q4Array
+
+Weight = BlockArray | Q4Array | PlanarArray
 
 
-def int4_matmul(x: jax.Array, ws: Sequence[BlockArray]) -> list[jax.Array]:
+def int4_matmul(x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
   """x float[M, K] times each weight's transpose, float32 accumulation: [M, N_i] in x's dtype."""
   return jax.lax.platform_dependent(
     x,
@@ -22,7 +26,7 @@ def int4_matmul(x: jax.Array, ws: Sequence[BlockArray]) -> list[jax.Array]:
   )
 
 
-def _matmul(x: jax.Array, w: BlockArray, dtype: jnp.dtype) -> jax.Array:
+def _matmul(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
   weight = w.dequantize().astype(dtype)
   y = jax.lax.dot_general(
     x.astype(dtype), weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
