@@ -18,6 +18,7 @@ as float16 again. Every bit is kept and `to_planar` goes back.
 """
 
 import dataclasses
+import functools
 from typing import Self
 
 import jax
@@ -140,6 +141,5 @@ def _along_rows(rows: jax.Array, bits: int) -> jax.Array:
 
 def _pack(codes: jax.Array, bits: int) -> jax.Array:
   """uint8[N, ..., 8 / bits] codes -> uint8[N, bytes], the first code lowest."""
-  shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
-  packed = jnp.bitwise_or.reduce(codes << shifts, axis=-1)
-  return packed.reshape(len(codes), -1)
+  shifted = (codes[..., j] << bits * j for j in range(8 // bits))
+  return functools.reduce(jnp.bitwise_or, shifted).reshape(len(codes), -1)

@@ -27,6 +27,7 @@ from q4jax_kernels.int4_matmul import mosaic_gpu_kernel
 from q4jax_kernels.int4_matmul.mosaic_gpu_kernel import WARPGROUP_ROWS, signed_bias
 from q4jax_kernels.row_planar_array import CHUNK, RowPlanarArray
 
+WEIGHT = RowPlanarArray  # what `int4_matmul` reads in place of a PlanarArray
 GROUP_SIZES = (16, 32, 64, 128, 256)  # besides one group for all of K
 BITS = ((4,), (8,), (4, 1), (4, 2))
 SMS = 132  # of an H100 SXM, H200 or GH200: what splitting K aims at
@@ -41,11 +42,11 @@ class Config(mosaic_gpu_kernel.Config):
   def choose(cls, m: int, w: RowPlanarArray) -> "Config":
     """For x [m, K].
 
-    Up to 64 rows sums are scaled. Unpacking keeps four warpgroups busy; where a thread of four
+    Up to 64 rows sums are scaled (32 of 8-bit codes, which take more registers). Unpacking keeps four warpgroups busy; where a thread of four
     would spill registers (codes of two planes or 8 bits, more rows), there are two.
     """
     n, k = w.shape
-    on_sums = m <= 64
+    on_sums = m <= (64 if w.bits != (8,) else 32)
     block_m = next(b for b in (8, 16, 32, 64, 128, 256) if b >= m or b == 256)
     most = 4 if block_m <= 16 and w.bits == (4,) else 2
     warpgroups = next(g for g in (4, 2, 1) if g <= most and n % (WARPGROUP_ROWS * g) == 0)
@@ -76,15 +77,21 @@ class Config(mosaic_gpu_kernel.Config):
 
 
 def supports(w: RowPlanarArray) -> bool:
-  """Whether the kernel takes this matrix."""
+  """Whether the kernel takes this matrix, and the GPU, if there is one, has `wgmma`."""
   n, k = w.shape
-  groups = w.group_size in GROUP_SIZES or (w.num_groups == 1 and w.scale_code is None)
-  step = CHUNK if len(w.bits) > 1 or w.scale_code is not None else max(64, _step(w))
-  return tuple(w.bits) in BITS and groups and n % WARPGROUP_ROWS == 0 and k % step == 0
+  whole = w.num_groups == 1 and w.scale_code is None
+  groups = whole or w.group_size in GROUP_SIZES
+  # Steps are of 64 inputs at least and have whole groups; sub-scales and upper bits come by 256.
+  step = CHUNK if w.scale_code is not None else max(64, 0 if whole else w.group_size)
+  shapes = n % WARPGROUP_ROWS == 0 and k % step == 0
+  return tuple(w.bits) in BITS and groups and shapes and _may_be_hopper()
 
 
-def _step(w: RowPlanarArray) -> int:
-  return 64 if w.num_groups == 1 else w.group_size
+def _may_be_hopper() -> bool:
+  """Whether a program of this process can reach compute capability 9.0, the only one with `wgmma`."""
+  if jax.default_backend() != "gpu":
+    return True  # Lowering is for another machine, and its business.
+  return jax.devices()[0].compute_capability == "9.0"
 
 
 def int4_matmul(
