@@ -1,13 +1,13 @@
-"""A quantised matrix as Hopper's tensor cores take it: a PlanarArray whose codes lie along the rows.
+"""A quantised matrix as Hopper's tensor cores take it: a PlanarArray with codes along the rows.
 
 `wgmma` multiplies [64, k] from registers by [k, columns] from shared memory, so the weights must be
 the left side, with k along their rows: only then are codes unpacked once, in registers, and never
-written back. (In the PlanarArray's own order they would be the right side, which has to lie in shared
-memory as bfloat16: 4.5 bytes of its traffic a weight where this order takes 0.5, and shared memory's
-bandwidth would limit decoding before HBM's does.)
+written back. (In the PlanarArray's own order they would be the right side, which has to lie in
+shared memory as bfloat16: 4.5 bytes of its traffic for each weight, read, written and read again,
+where this order takes 0.5; at 128 bytes a cycle that would limit decoding before HBM does.)
 
-  planes[0]  int4[N, K]  the low 4 bits of each code, minus 8; or int8[N, K], an 8-bit code minus 128.
-             Signed, because that is what the unpacking instructions make.
+  planes[0]  int4[N, K], the low 4 bits of each code, minus 8; or int8[N, K], an 8-bit code minus
+             128. Signed, because that is what the unpacking instructions make.
   planes[1]  int8[N, K * bits / 8]  the bits above, of 5- and 6-bit codes. A chunk of 256 codes has
              32 * bits bytes; byte b holds codes b + 32 * bits * j, code j at bit bits * j: each
              mask leaves a tile of neighbours in k. The highest bit of the byte is flipped, so that
@@ -69,7 +69,9 @@ class RowPlanarArray:
   def nbytes(self) -> int:
     """Bytes of all parts, int4 counted as packed."""
     width = {jnp.dtype(jnp.int4): 4}
-    return sum(a.size * width.get(a.dtype, 8 * a.dtype.itemsize) // 8 for a in jax.tree.leaves(self))
+    return sum(
+      a.size * width.get(a.dtype, 8 * a.dtype.itemsize) // 8 for a in jax.tree.leaves(self)
+    )
 
   @classmethod
   def from_planar(cls, w: PlanarArray) -> Self:

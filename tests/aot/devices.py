@@ -10,6 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from jax.sharding import SingleDeviceSharding
 # libtpu asks a cloud for its machine unless told not to, and locks out other processes.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# The plugin for GPUs would look for CUDA's libraries.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,15 @@ def _tpu(name: str) -> Target:
   return Target("tpu", "libtpu", chip)
 
 
-TARGETS = {name: _tpu(name) for name in ("v5e", "v6e")}
+def _gpu(name: str) -> Target:
+  config = (Path(__file__).parent / f"{name}.textproto").read_text()
+  options = {"target_config": config, "topology": "1x1x1"}
+  return Target("cuda", "jax_cuda13_plugin", options)
+
+
+TARGETS = {name: _tpu(name) for name in ("v5e", "v6e")} | {
+  name: _gpu(name) for name in ("h200", "a100", "t4")
+}
 
 
 @functools.cache

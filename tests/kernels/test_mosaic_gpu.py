@@ -1,8 +1,8 @@
 """The Hopper kernel in GPU interpret mode, looking for races, against float64 sums.
 
-The weights of the sums are gguf-py's, or NumPy's loops. With groups' sums scaled, the result is exact
-but for float32's rounding of sums; with weights scaled, each is rounded to bfloat16 once, by at most
-2^-9 of itself. x is bfloat16 on both sides.
+The weights of the sums are gguf-py's, or NumPy's loops. With groups' sums scaled, the result is
+exact but for float32's rounding of sums; with weights scaled, each is rounded to bfloat16 once, by
+at most 2^-9 of itself. x is bfloat16 on both sides.
 """
 
 from typing import Any

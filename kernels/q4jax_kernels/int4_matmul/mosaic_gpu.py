@@ -1,4 +1,4 @@
-"""The Hopper kernel (Pallas, Mosaic GPU): packed rows stream from HBM and are unpacked in registers.
+"""The Hopper kernel (Pallas, Mosaic GPU): packed rows come from HBM, are unpacked in registers.
 
 It computes y.T = W @ x.T with `wgmma`, W from registers and x from shared memory: see
 row_planar_array.py for why. A thread block has a few compute warpgroups, 64 rows of W each, and one
@@ -42,8 +42,9 @@ class Config(mosaic_gpu_kernel.Config):
   def choose(cls, m: int, w: RowPlanarArray) -> "Config":
     """For x [m, K].
 
-    Up to 64 rows sums are scaled (32 of 8-bit codes, which take more registers). Unpacking keeps four warpgroups busy; where a thread of four
-    would spill registers (codes of two planes or 8 bits, more rows), there are two.
+    Up to 64 rows (32 with 8-bit codes, which take more registers) sums are scaled. Unpacking keeps
+    four warpgroups busy; where a thread of four would spill registers (codes of two planes or 8
+    bits, more rows), there are two.
     """
     n, k = w.shape
     on_sums = m <= (64 if w.bits != (8,) else 32)
@@ -88,7 +89,7 @@ def supports(w: RowPlanarArray) -> bool:
 
 
 def _may_be_hopper() -> bool:
-  """Whether a program of this process can reach compute capability 9.0, the only one with `wgmma`."""
+  """Whether this process may compile for compute capability 9.0, the only one with `wgmma`."""
   if jax.default_backend() != "gpu":
     return True  # Lowering is for another machine, and its business.
   return jax.devices()[0].compute_capability == "9.0"
@@ -114,9 +115,7 @@ def int4_matmul(
   return [_matmul(x, w, config, interpret) for w in ws]
 
 
-def _matmul(
-  x: jax.Array, w: RowPlanarArray, config: Config | None, interpret: Any
-) -> jax.Array:
+def _matmul(x: jax.Array, w: RowPlanarArray, config: Config | None, interpret: Any) -> jax.Array:
   (m, k), n = x.shape, w.num_rows
   if not supports(w):
     raise NotImplementedError(

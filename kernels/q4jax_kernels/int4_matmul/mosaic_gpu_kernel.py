@@ -20,7 +20,7 @@ WARPGROUP_ROWS = 64  # rows of W in a `wgmma`
 _SLICE = 64  # columns of W unpacked for one product, at most
 _BATCH_REGISTERS = 48  # of a thread, for products in flight: more, and ptxas serialises them
 
-_LAYOUT = plgpu.Layout.WGMMA
+_LAYOUT, _TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 _EACH_ROW, _EACH_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 # How to read codes of so many bits for that layout.
 _READ = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
@@ -96,7 +96,7 @@ def call(x: jax.Array, w: RowPlanarArray, config: Config, interpret: Any) -> jax
 
     def step(_: Any, *args: Any) -> Any:
       *tiles, carry = args
-      return body.step(tree.unflatten(tiles), carry, *copies)
+      return body.step(jax.tree.unflatten(tree, tiles), carry, *copies)
 
     def compute(pipeline: Callable[[Any], Any]) -> None:
       row = (block * config.warpgroups + lax.axis_index("warpgroup")) * WARPGROUP_ROWS
@@ -104,12 +104,13 @@ def call(x: jax.Array, w: RowPlanarArray, config: Config, interpret: Any) -> jax
 
       def accumulate(acc: Any) -> None:
         pipeline(acc)
-        y[...] = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA_TRANSPOSED)
+        y[...] = plgpu.layout_cast(acc[...], _TRANSPOSED)
 
       if body.scales_sums:
-        y[...] = plgpu.layout_cast(pipeline(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _LAYOUT)), plgpu.Layout.WGMMA_TRANSPOSED)
+        zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _LAYOUT)
+        y[...] = plgpu.layout_cast(pipeline(zero), _TRANSPOSED)
       else:
-        pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
     plgpu.emit_pipeline_warp_specialized(
       step,
@@ -162,7 +163,10 @@ def _specs(
   return _Tiles(
     plgpu.BlockSpec((config.block_m, block_k), x_at, transforms=x_swizzle),
     (plane(low, w.bits[0]), *(plane(a, 8) for a in upper)),
-    *(factor(a, config.block_n, block) for a in operands[2:6]),
+    factor(operands.scale, config.block_n, block),
+    factor(operands.scale_code, config.block_n, block),
+    factor(operands.minimum, config.block_n, block),
+    factor(operands.minimum_code, config.block_n, block),
     factor(operands.x_sum, config.block_m, column),
   )
 
@@ -186,6 +190,13 @@ class _Body:
 
   def step(self, tiles: _Tiles, carry: Any, copy: Any = None) -> Any:
     """One step's products. `carry` is y.T so far: an array, or an accumulator."""
+    carry = self._products(tiles, carry, copy)
+    # The next copies into these tiles go by another path to memory (the async proxy), which must
+    # not overtake the reads above; interpret mode reports the race there is without this fence.
+    plgpu.commit_smem()
+    return carry
+
+  def _products(self, tiles: _Tiles, carry: Any, copy: Any) -> Any:
     rows = pl.ds(lax.axis_index("warpgroup") * WARPGROUP_ROWS, WARPGROUP_ROWS)
     weights = _Weights(tiles, rows, self._bits)
     groups = range(self._config.block_k // self._group)
@@ -212,7 +223,7 @@ class _Body:
         self._multiply(acc, tiles.x, weights, group, None, copy)
       return [acc[...] for acc in accs]
 
-    acc = plgpu.ACC((WARPGROUP_ROWS, self._config.block_m), jnp.float32)
+    acc = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, self._config.block_m), jnp.float32)
     for group, part in zip(groups, pl.run_scoped(sums, [acc] * len(groups)), strict=True):
       scale, shift = self._factors(tiles, weights.rows, group)
       total += part * lax.broadcast_in_dim(scale, part.shape, [0])
@@ -240,9 +251,7 @@ class _Body:
         w = _copied(w, copy)
       plgpu.wgmma(acc, w, x.at[:, pl.ds(start, self.width)].T)
 
-  def _factors(
-    self, tiles: _Tiles, rows: Any, group: int
-  ) -> tuple[jax.Array, jax.Array | None]:
+  def _factors(self, tiles: _Tiles, rows: Any, group: int) -> tuple[jax.Array, jax.Array | None]:
     """s and t = m - s * bias of a group, float32[64]; t None where it is zero."""
     groups = self._config.block_k // self._group
 
