@@ -47,7 +47,7 @@ def expected() -> np.ndarray:
   return sum(c @ numpy_weights(w).astype(np.float64) for c, w in pairs)
 
 
-@pytest.mark.filterwarnings("ignore:q4jax. no kernel")
+@pytest.mark.filterwarnings("ignore:q4jax. there is no kernel")
 def test_gradient_is_the_transposed_product(loss: Callable) -> None:
   grad = jax.jit(jax.grad(loss))
   np.testing.assert_allclose(grad(X), expected(), rtol=1e-5, atol=1e-5)
@@ -59,7 +59,7 @@ def test_gradient_is_the_transposed_product(loss: Callable) -> None:
   assert abs(float(slope) - (expected() * v).sum()) <= 5e-3 * scale
 
 
-@pytest.mark.filterwarnings("ignore:q4jax. no kernel")
+@pytest.mark.filterwarnings("ignore:q4jax. there is no kernel")
 def test_checkpoint_vmap_and_low_precision(loss: Callable) -> None:
   xs = np.stack([X, 2 * X])
   grads = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(xs)

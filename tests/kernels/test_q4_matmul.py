@@ -7,6 +7,7 @@ that rounding is exact, and only float32's is left.
 
 import ctypes
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from q4_weights import GROUP_SIZES, Q4_KINDS, numpy_weights, random_q4
 from q4jax_kernels import ffi
 from q4jax_kernels.block_array import block_shape
-from q4jax_kernels.int4_matmul import int4_matmul
+from q4jax_kernels.int4_matmul import dispatch, int4_matmul
 from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.q4_array import Q4Array
 from q4jax_kernels.q4_blocks import to_blocks
@@ -182,10 +183,31 @@ def test_types_mix_in_one_call() -> None:
   ws = [random_q4(rng, 16 + i, 256, 32, i % 2 == 0) for i in range(4)]
   x = whole(rng, 3, 256)
   mixed = [ws[0], to_blocks(ws[1]).tiles(), PlanarArray.from_q4(ws[2]), to_blocks(ws[3])]
+  dispatch._say_xla.cache_clear()  # It is said once.
   with pytest.warns(UserWarning, match="no kernel for this PlanarArray on cpu"):
     ys = int4_matmul(jnp.asarray(x), mixed)
   for y, w in zip(ys, ws, strict=True):
     np.testing.assert_allclose(y, x @ numpy_weights(w).T, rtol=1e-4, atol=1e-4)
+
+
+def test_planes_go_to_the_platforms_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+  """A stand-in for the kernel of "cpu" gets the planes that it supports, XLA the others."""
+  kernel = SimpleNamespace(
+    int4_matmul=lambda x, ws: [jnp.full((x.shape[0], w.num_rows), 7, x.dtype) for w in ws],
+    supports=lambda w: w.group_size == 32,
+  )
+  monkeypatch.setattr(dispatch, "_KERNELS", {"cpu": "stand_in", "tpu": "none"})
+  monkeypatch.setattr(
+    dispatch, "_kernel_or_none", lambda name: kernel if name == "stand_in" else None
+  )
+  rng = np.random.default_rng(8)
+  ws = [random_q4(rng, 16, 256, group, True) for group in (32, 64)]
+  x = whole(rng, 2, 256)
+  dispatch._say_xla.cache_clear()
+  with pytest.warns(UserWarning, match="no kernel for this PlanarArray on cpu"):
+    mine, other = jax.jit(int4_matmul)(x, [PlanarArray.from_q4(w) for w in ws])
+  assert (np.asarray(mine) == 7).all()
+  np.testing.assert_allclose(other, x @ numpy_weights(ws[1]).T, rtol=1e-4, atol=1e-4)
 
 
 def test_misuse() -> None:

@@ -55,7 +55,10 @@ def best(w: Weight) -> str:
   if isinstance(w, BlockArray):
     # The x16 layout is made only for CPUs that have the library, when loading, so it decides.
     return "cpu" if cpu.supports([w]) else "xla"
-  return "xla" if isinstance(w, Q4Array) else "planar"
+  if isinstance(w, Q4Array):
+    _say_xla("Q4Array", "any device (prepare it: q4_blocks.to_blocks(w).tiles() for a CPU)")
+    return "xla"
+  return "planar"
 
 
 def run(name: str, x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
@@ -89,7 +92,7 @@ def _planar(x: jax.Array, w: Weight) -> jax.Array:
 @functools.cache
 def _say_xla(kind: str, platform: str) -> None:
   warnings.warn(
-    f"q4jax: no kernel for this {kind} on {platform}; XLA dequantises it in every call.",
+    f"q4jax: there is no kernel for this {kind} on {platform}; XLA dequantises it in every call.",
     stacklevel=2,
   )
 
