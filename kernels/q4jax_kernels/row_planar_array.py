@@ -110,6 +110,24 @@ class RowPlanarArray:
     """float32[N, K], bit-equal to the PlanarArray's."""
     return self.to_planar().dequantize()
 
+  def take(self, ids: jax.Array) -> "RowPlanarArray":
+    """Rows `ids` int32[T] of the matrix; an id outside it takes the nearest."""
+
+    def take(part: jax.Array, axis: int) -> jax.Array:
+      return jnp.take(part, ids, axis=axis, mode="clip")
+
+    def factor(part: jax.Array | None) -> jax.Array | None:
+      return None if part is None else take(part, 1)
+
+    return dataclasses.replace(
+      self,
+      planes=tuple(take(plane, 0) for plane in self.planes),
+      scale=take(self.scale, 1),
+      scale_code=factor(self.scale_code),
+      minimum=factor(self.minimum),
+      minimum_code=factor(self.minimum_code),
+    )
+
   def _law(self) -> tuple[tuple[int, ...], int, str]:
     return self.bits, self.offset, self.source
 

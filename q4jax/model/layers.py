@@ -16,8 +16,9 @@ from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.int4_matmul import int4_matmul, take_rows
 from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.q4_array import Q4Array
+from q4jax_kernels.row_planar_array import RowPlanarArray
 
-Quantized = BlockArray | Q4Array | PlanarArray
+Quantized = BlockArray | Q4Array | PlanarArray | RowPlanarArray
 Weight = jax.Array | Quantized
 # Supplies the parameter of a GGUF name, e.g. ("blk.0.attn_q.weight", (N * H, D)).
 Make = Callable[[str, tuple[int, ...]], Weight]

@@ -14,7 +14,7 @@ import pytest
 
 from aot.devices import device, float_sizes, on
 from aot.weights import blocks, q4
-from q4jax_kernels.int4_matmul import mosaic_gpu, xla
+from q4jax_kernels.int4_matmul import int4_matmul, mosaic_gpu, xla
 from q4jax_kernels.int4_matmul.mosaic_gpu import Config
 from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.row_planar_array import RowPlanarArray
@@ -96,6 +96,14 @@ def test_groups(group_size: int | None, m: int, dumps: Path, record_property: Ca
   name, symmetric = "1B down", group_size in (64, 256)
   format = f"groups of {group_size or 'K'}, {'symmetric' if symmetric else 'minimums'}"
   check(name, format, m, q4(group_size, symmetric, *SHAPES[name]), dumps, record_property)
+
+
+def test_door() -> None:
+  """Lowered for a GPU, the door takes the kernel by itself."""
+  device("h200")  # skips
+  w = jax.eval_shape(RowPlanarArray.from_planar, blocks("q4_k", 512, 256))
+  compiled = compile_for("h200", int4_matmul, 1, w)
+  assert "mosaic_gpu" in compiled.as_text()
 
 
 @pytest.mark.parametrize("m", (1, 512))

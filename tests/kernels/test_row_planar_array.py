@@ -8,6 +8,7 @@ import pytest
 import random_blocks
 from q4_weights import Q4_KINDS, random_q4
 from q4jax_kernels.block_array import BlockArray
+from q4jax_kernels.int4_matmul import int4_matmul, take_rows
 from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.row_planar_array import RowPlanarArray
 
@@ -64,6 +65,20 @@ def test_codes_are_signed(format: str) -> None:
 def test_bytes(format: str, most: float) -> None:
   _, planar = from_blocks(format, 4, 512)
   assert RowPlanarArray.from_planar(planar).nbytes * 8 == most * 4 * 512
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_door(format: str) -> None:
+  """Where the Hopper kernel cannot run, XLA takes these rows too; embeddings are looked up."""
+  rows, planar = from_blocks(format, 64, 256)
+  w, weights = RowPlanarArray.from_planar(planar), random_blocks.dequantize(rows, format)
+  x = np.random.default_rng(2).normal(0, 1, (3, 256)).astype(np.float32)
+  exact, size = x @ weights.T.astype(np.float64), np.abs(x) @ np.abs(weights.T)
+  for name in (None, "xla", "reference"):
+    [y] = int4_matmul(jnp.asarray(x), [w], name)
+    np.testing.assert_array_less(np.abs(y - exact), 2e-6 * size + 1e-30)
+  ids = np.array([5, 0, 63, 5])
+  np.testing.assert_array_equal(take_rows(w, jnp.asarray(ids)), weights[ids])
 
 
 def test_refuses_half_chunks() -> None:
