@@ -51,9 +51,10 @@ class Config(mosaic_gpu_kernel.Config):
     block_m = next(b for b in (8, 16, 32, 64, 128, 256) if b >= m or b == 256)
     most = 4 if block_m <= 16 and w.bits == (4,) else 2
     warpgroups = next(g for g in (4, 2, 1) if g <= most and n % (WARPGROUP_ROWS * g) == 0)
-    widest = CHUNK if on_sums or len(w.bits) > 1 else 64
-    if not on_sums and w.group_size < k:
-      widest = max(widest, w.group_size)
+    widest = CHUNK
+    if len(w.bits) == 1 and block_m > 32:  # Wider steps would spill, too.
+      widest = 128 if on_sums else 64
+      widest = max(widest, w.group_size if w.num_groups > 1 else 0)
     if widest == CHUNK:
       block_m = min(block_m, 128)
     block_k = next(b for b in (256, 128, 64) if b <= widest and k % b == 0)
