@@ -35,13 +35,15 @@ AOT_INSTALLED := .venv-aot/installed
 DEPENDENCIES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")
 
 .PHONY: aot
-aot: $(AOT_INSTALLED) ## compile for TPUs, without one, and print what they would need
+aot: $(AOT_INSTALLED) ## compile for TPUs and GPUs, without one, and print what they would need
 	$(AOT_BIN)/python -m pytest -m aot --numprocesses=auto --maxprocesses=4 tests/aot
 
 $(AOT_INSTALLED): pyproject.toml constraints.txt
 	test -x $(AOT_BIN)/python || $(PYTHON) -m venv .venv-aot
 	$(AOT_BIN)/pip install --quiet --no-compile --constraint=constraints.txt 'jax[tpu]' \
 	  hypothesis pytest pytest-xdist --requirement=<($(AOT_BIN)/python -c '$(DEPENDENCIES)')
+	v=$$($(AOT_BIN)/python -c 'import jax; print(jax.__version__)'); \
+	  $(AOT_BIN)/pip install --quiet --no-compile --no-deps jax-cuda13-plugin==$$v jax-cuda13-pjrt==$$v
 	touch $@
 
 .PHONY: oracles

@@ -119,4 +119,4 @@ def test_configs_fit(m: int) -> None:
     config = Config.choose(m, w)
     assert n % config.block_n == 0 and k % (config.block_k * config.splits) == 0
     assert config.stages * config.stage_bytes(w) <= 227 << 10
-    assert config.block_m >= min(m, 128) and config.on_sums == (m <= 64)
+    assert config.block_m >= min(m, 64) and config.on_sums == (m <= 64)

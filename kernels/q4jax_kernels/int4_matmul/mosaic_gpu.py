@@ -57,10 +57,13 @@ class Config(mosaic_gpu_kernel.Config):
       widest = max(widest, w.group_size if w.num_groups > 1 else 0)
     if widest == CHUNK:
       block_m = min(block_m, 128)
+    n_blocks = n // (WARPGROUP_ROWS * warpgroups)
+    while not on_sums and block_m > 64 and 2 * n_blocks * -(-m // block_m) <= SMS:
+      block_m //= 2  # Twice the thread blocks, and still no more than there are SMs.
     block_k = next(b for b in (256, 128, 64) if b <= widest and k % b == 0)
     config = cls(block_m, warpgroups, block_k, 1, 1, on_sums)
     steps = k // block_k
-    blocks = n // config.block_n * -(-m // block_m)
+    blocks = n_blocks * -(-m // block_m)
     splits = min(_divisors(steps), key=lambda s: (-(-blocks * s // SMS) * (steps // s + 2), s))
     stages = max(1, min(_SMEM_BYTES // config.stage_bytes(w), 4, steps // splits))
     return dataclasses.replace(config, splits=splits if on_sums else 1, stages=stages)
