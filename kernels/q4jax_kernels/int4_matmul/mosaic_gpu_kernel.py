@@ -1,7 +1,7 @@
 """The Hopper kernel's body: a warp-specialised pipeline over K. See mosaic_gpu.py for the plan.
 
-Kept to the lane semantics of Mosaic GPU, where layouts are ours to name: int4 is read 32 bits a
-thread (WGMMA_UPCAST_4X) and two warp shuffles a word bring it to the layout of `wgmma`.
+In the lane semantics of Mosaic GPU, where layouts are ours to name: int4 is read 32 bits a thread
+(WGMMA_UPCAST_4X) and two warp shuffles a word bring it to the layout of `wgmma`.
 """
 
 import dataclasses
