@@ -13,8 +13,8 @@ that keeps copies (TMA) of the next tiles in flight. Unpacked codes can be used 
                   dequantising first would give.
 
 From a few hundred rows on, dequantising once and XLA's product (xla.py) is the rival: here every
-block_m rows unpack the weight anew, there a float copy of it is written and read. Which is faster is
-to be measured; without a measurement the kernel is taken, which needs no memory for the copy.
+block_m rows unpack the weight anew, there a float copy of it is written and read. Which is
+faster has to be measured; until then the kernel is taken, which needs no memory for the copy.
 
 Here codes are signed, w = s * (code + bias - offset) - m, so t = m - s * (bias - offset); symmetric
 4- and 8-bit weights have t = 0. x is rounded to bfloat16; products accumulate in float32.
