@@ -29,6 +29,23 @@ demo: $(INSTALLED) $(NATIVE) ## watch the embedded int4 Llama write text
 test: $(INSTALLED) $(NATIVE) ## run all tests but the slow ones
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# The compilers of devices that are not here: 500 MB, so apart from the rest. jax[tpu] pins libtpu.
+AOT_BIN := .venv-aot/bin
+AOT_INSTALLED := .venv-aot/installed
+DEPENDENCIES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")
+
+.PHONY: aot
+aot: $(AOT_INSTALLED) ## compile for TPUs and GPUs, without one, and print what they would need
+	$(AOT_BIN)/python -m pytest -m aot --numprocesses=auto --maxprocesses=4 tests/aot
+
+$(AOT_INSTALLED): pyproject.toml constraints.txt
+	test -x $(AOT_BIN)/python || $(PYTHON) -m venv .venv-aot
+	$(AOT_BIN)/pip install --quiet --no-compile --constraint=constraints.txt 'jax[tpu]' \
+	  hypothesis pytest pytest-xdist --requirement=<($(AOT_BIN)/python -c '$(DEPENDENCIES)')
+	v=$$($(AOT_BIN)/python -c 'import jax; print(jax.__version__)'); \
+	  $(AOT_BIN)/pip install --quiet --no-compile --no-deps jax-cuda13-plugin==$$v jax-cuda13-pjrt==$$v
+	touch $@
+
 .PHONY: oracles
 oracles: $(INSTALLED) $(NATIVE) ## compare with llama.cpp and transformers (slow: builds llama.cpp)
 	$(BIN)/pip install --quiet --constraint=constraints.txt --editable '.[dev,oracle]'

@@ -1,4 +1,4 @@
-"""The layers of a Llama as Flax modules: a weight is a float array or a quantised `BlockArray`."""
+"""The layers of a Llama as Flax modules: a weight is a float array or a quantised matrix."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,19 +14,23 @@ from q4jax.model.rope import rotate
 from q4jax_kernels.attention import Cache, cached_attention, causal_attention
 from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.int4_matmul import int4_matmul, take_rows
+from q4jax_kernels.planar_array import PlanarArray
+from q4jax_kernels.q4_array import Q4Array
+from q4jax_kernels.row_planar_array import RowPlanarArray
 
-Weight = jax.Array | BlockArray
+Quantized = BlockArray | Q4Array | PlanarArray | RowPlanarArray
+Weight = jax.Array | Quantized
 # Supplies the parameter of a GGUF name, e.g. ("blk.0.attn_q.weight", (N * H, D)).
 Make = Callable[[str, tuple[int, ...]], Weight]
 
 
 class QWeight(nnx.Variable):
-  """A frozen quantised matrix (a `BlockArray`): saved and listed, never trained."""
+  """A frozen quantised matrix: saved and listed, never trained."""
 
 
 def variable(value: Weight) -> nnx.Variable:
   """Wraps a parameter in the variable kind that says whether it can be trained."""
-  return QWeight(value) if isinstance(value, BlockArray) else nnx.Param(value)
+  return QWeight(value) if isinstance(value, Quantized) else nnx.Param(value)
 
 
 def project(x: jax.Array, weights: list[nnx.Variable], dtype: DTypeLike) -> list[jax.Array]:
@@ -36,13 +40,13 @@ def project(x: jax.Array, weights: list[nnx.Variable], dtype: DTypeLike) -> list
   Float weights are multiplied in `dtype` with float32 accumulation.
   """
   values = [w.get_value() for w in weights]
-  if all(isinstance(w, BlockArray) for w in values):
+  if all(isinstance(w, Quantized) for w in values):
     return int4_matmul(x, values)
   return [_float_matmul(x, w, dtype) for w in values]
 
 
 def _float_matmul(x: jax.Array, w: Weight, dtype: DTypeLike) -> jax.Array:
-  if isinstance(w, BlockArray):
+  if isinstance(w, Quantized):
     return int4_matmul(x, [w])[0]
   return mixed_matmul(x, w, dtype).astype(x.dtype)
 

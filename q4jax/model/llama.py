@@ -10,6 +10,7 @@ from q4jax.model.layers import (
   Embedding,
   FeedForward,
   Make,
+  Quantized,
   RMSNorm,
   Span,
   project,
@@ -17,7 +18,6 @@ from q4jax.model.layers import (
 )
 from q4jax.model.rope import cos_sin
 from q4jax_kernels.attention import Cache
-from q4jax_kernels.block_array import BlockArray
 
 
 class Block(nnx.Module):
@@ -51,7 +51,7 @@ class Llama(nnx.Module):
 
   Args:
     config: dimensions and constants.
-    make: `make(name, shape)` returns the parameter: a float array, or a `BlockArray` for a matrix.
+    make: `make(name, shape)` returns the parameter: a float array, or a quantised matrix.
     dtype: what float matrices are multiplied in (float32 accumulation). Quantised matrices do not
       depend on it. The residual stream is float32.
   """
@@ -129,5 +129,5 @@ def random_params(config: LlamaConfig, key: jax.Array, std: float = 0.02) -> Mak
 
 def num_params(model: Llama) -> int:
   """The number of weights, quantised ones counted as values rather than bytes."""
-  leaves = jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, BlockArray))
+  leaves = jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, Quantized))
   return sum(int(jnp.prod(jnp.array(leaf.shape))) for leaf in leaves)

@@ -13,8 +13,9 @@ from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.int4_matmul import cpu, reference, xla
 from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.q4_array import Q4Array
+from q4jax_kernels.row_planar_array import RowPlanarArray
 
-Weight = BlockArray | Q4Array | PlanarArray
+Weight = BlockArray | Q4Array | PlanarArray | RowPlanarArray
 
 # Kernels of Pallas by the platform they are for. Each module has int4_matmul(x, ws), supports(w),
 # and perhaps WEIGHT, the type that it reads in place of PlanarArray. They are imported when asked

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from q4jax_kernels.block_array import BlockArray, block_shape, dequantize_blocks
 from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.q4_array import Q4Array
+from q4jax_kernels.row_planar_array import RowPlanarArray
+
+Weight = BlockArray | Q4Array | PlanarArray | RowPlanarArray
 
 
-def int4_matmul(x: jax.Array, ws: Sequence[BlockArray | Q4Array | PlanarArray]) -> list[jax.Array]:
+def int4_matmul(x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
   """x float[M, K] times each weight's transpose, in float32 throughout: [M, N_i] in x's dtype."""
   x32 = x.astype(jnp.float32)
   return [
@@ -18,11 +21,13 @@ def int4_matmul(x: jax.Array, ws: Sequence[BlockArray | Q4Array | PlanarArray]) 
   ]
 
 
-def take_rows(w: BlockArray | Q4Array | PlanarArray, ids: jax.Array) -> jax.Array:
+def take_rows(w: Weight, ids: jax.Array) -> jax.Array:
   """Rows `ids` int32[T] of the matrix as float32[T, K]; only those rows are dequantised.
 
   An id outside the matrix takes the nearest row.
   """
+  if isinstance(w, RowPlanarArray):
+    return w.take(ids).dequantize()
   if isinstance(w, PlanarArray):
     return jax.tree.map(lambda part: jnp.take(part, ids, axis=1, mode="clip"), w).dequantize()
   if isinstance(w, Q4Array):

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.q4_array import Q4Array
+from q4jax_kernels.row_planar_array import RowPlanarArray
 
-Weight = BlockArray | Q4Array | PlanarArray
+Weight = BlockArray | Q4Array | PlanarArray | RowPlanarArray
 
 
 def int4_matmul(x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
