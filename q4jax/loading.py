@@ -1,7 +1,9 @@
 """`q4jax.load`: from a model's name to a model in memory, its weights still quantised."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +17,13 @@ from q4jax.errors import FormatError, TokenizerError
 from q4jax.formats.gguf import GGUFFile
 from q4jax.formats.gguf_types import TensorInfo
 from q4jax.formats.hub import resolve
+from q4jax.model.layers import Weight
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
 from q4jax.text.tokenizer import Tokenizer
 from q4jax_kernels import ffi
 from q4jax_kernels.block_array import ROWS, BlockArray, dequantize_blocks, interleave_tile
+from q4jax_kernels.int4_matmul.prepare import layout_for, prepared
 
 _FLOATS = ("f32", "f16", "bf16")
 # Tensors that some converters add and that hold nothing a model needs.
@@ -93,18 +97,21 @@ class _Weights:
     progress: Progress | None,
   ):
     self.file, self.config, self.path, self.device = file, config, path, device
-    self.interleave = device.platform == "cpu" and ffi.available()
+    # A CPU's tiles are made as the file is read, other layouts from whole matrices.
+    tiles = device.platform == "cpu" and ffi.available()
+    self.layout = "x16" if tiles else layout_for(device)
     self.progress = progress
+    self.threads = ThreadPoolExecutor(os.cpu_count())
     self.used: set[str] = set()
     self.done, self.total = 0, sum(info.nbytes for info in file.tensors.values())
 
-  def make(self, name: str, shape: tuple[int, ...]) -> jax.Array | BlockArray:
+  def make(self, name: str, shape: tuple[int, ...]) -> Weight:
     info = self._info(name, shape)
     self.used.add(name)
-    value: jax.Array | BlockArray
+    value: Weight
     if len(shape) == 1:
       value = self._vector(info)
-    elif self.interleave:
+    elif self.layout == "x16":
       value = self._tiles(info)
     else:
       value = self._rows(info)
@@ -155,34 +162,38 @@ class _Weights:
     order = self._row_order(info)
     return jax.device_put(values if order is None else values[order], self.device)
 
-  def _rows(self, info: TensorInfo) -> jax.Array | BlockArray:
+  def _rows(self, info: TensorInfo) -> Weight:
     order = self._row_order(info)
     data = self.file.read_rows(info, 0, info.num_rows)
     if order is not None:
       data = data[order]
     if info.format in _FLOATS:
-      data = data.view(
-        jnp.dtype({"f32": "float32", "f16": "float16", "bf16": jnp.bfloat16}[info.format])
-      )
-    array = jax.device_put(data, self.device).block_until_ready()
+      dtype = {"f32": "float32", "f16": "float16", "bf16": jnp.bfloat16}[info.format]
+      value: Weight = jax.device_put(data.view(jnp.dtype(dtype)), self.device)
+    else:
+      value = prepared(data, info.format, self.device, self.layout)
+    jax.block_until_ready(value)
     self.file.release(info)
-    return array if info.format in _FLOATS else BlockArray(array, info.format, info.num_rows)
+    return value
 
   def _tiles(self, info: TensorInfo) -> BlockArray:
     order = self._row_order(info)
     tiles = -(-info.num_rows // ROWS)
     out = aligned_empty((tiles, ROWS * info.row_bytes))
-    step = max(1, _CHUNK_BYTES // out.shape[1])
-    for tile in range(tiles):
+
+    def interleave(tile: int) -> None:
       begin, end = tile * ROWS, min((tile + 1) * ROWS, info.num_rows)
       if order is None:
         rows = self.file.read_rows(info, begin, end)
       else:
         rows = self.file.read_rows(info, 0, info.num_rows)[order[begin:end]]
       interleave_tile(rows, info.format, out[tile])
-      if tile % step == step - 1:
-        self.file.release(info)
-    self.file.release(info)
+
+    step = max(1, _CHUNK_BYTES // out.shape[1])
+    for first in range(0, tiles, step):
+      # Threads help: the copying is in C, which lets go of the interpreter.
+      list(self.threads.map(interleave, range(first, min(first + step, tiles))))
+      self.file.release(info)
     return BlockArray(jax.device_put(out, self.device), info.format, info.num_rows, "x16")
 
 

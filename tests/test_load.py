@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import q4jax
 from formats.raw_gguf import good
@@ -16,7 +17,11 @@ from q4jax.errors import Q4JaxError
 from q4jax.loading import aligned_empty, load
 from q4jax_kernels import ffi
 from q4jax_kernels.block_array import BlockArray
+from q4jax_kernels.planar_array import PlanarArray
+from q4jax_kernels.row_planar_array import RowPlanarArray
 from random_blocks import FLOATS, FORMATS
+
+Planes = PlanarArray | RowPlanarArray
 
 TOKENS = np.random.default_rng(1).integers(3, 290, 21)
 # Dimensions that every format's block divides.
@@ -24,6 +29,8 @@ WIDE = {"d_model": 256, "d_ffn": 512, "heads": 4, "head_dim": 64}
 
 # What activations of 8 bits cost on random blocks; a wrong scale or code costs all.
 ROUNDED = 0.06
+# What activations of float16 cost: it rounds by up to 2^-11.
+HALF_ROUNDED = 2e-3
 
 
 def logits(path: Path) -> np.ndarray:
@@ -101,11 +108,28 @@ def test_every_type_is_its_own_weights(tmp_path: Path, monkeypatch: pytest.Monke
   assert_exact(write(tmp_path / "model.gguf", ModelSpec(**WIDE, type=every_type)))
 
 
+@pytest.mark.parametrize("layout", ["planes", "row_planes"])
+def test_every_type_as_other_devices_keep_it(
+  layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Here too XLA multiplies, but with the weights as a TPU's or GPU's kernel reads them."""
+  monkeypatch.setattr(ffi, "library", lambda: None)
+  monkeypatch.setattr("q4jax.loading.layout_for", lambda device: layout)
+  path = write(tmp_path / "model.gguf", ModelSpec(**WIDE, type=every_type))
+  leaves = jax.tree.leaves(
+    nnx.state(load(path).module), is_leaf=lambda leaf: isinstance(leaf, BlockArray | Planes)
+  )
+  assert sum(isinstance(leaf, Planes) for leaf in leaves) == 6
+  assert_exact(path)
+
+
 def test_every_type_natively(tmp_path: Path) -> None:
-  """The native kernels round activations of quantised weights to 8 bits, and nothing else."""
+  """The native kernels round activations: to 8 bits for quantised weights, as f16 for f16's."""
   if not ffi.available():
     pytest.skip("needs the native library")
-  assert_exact(write(tmp_path / "floats.gguf", ModelSpec(**WIDE, type=float_types)))
+  path = write(tmp_path / "floats.gguf", ModelSpec(**WIDE, type=float_types))
+  assert distance(logits(path), Float64Llama(path).logits(TOKENS)) < HALF_ROUNDED
+  assert_exact(write(tmp_path / "wide.gguf", ModelSpec(**WIDE, type=lambda _: "f32")))
   path = write(tmp_path / "model.gguf", ModelSpec(**WIDE, type=every_type))
   assert distance(logits(path), Float64Llama(path).logits(TOKENS)) < ROUNDED
 

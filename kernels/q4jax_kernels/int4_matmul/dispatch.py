@@ -114,6 +114,12 @@ def _kernel_or_none(name: str) -> ModuleType | None:
     return None
 
 
+def supports(name: str, w: Weight) -> bool:
+  """Whether the Pallas kernel `name` is there and takes this weight."""
+  module = _kernel_or_none(name)
+  return module is not None and _takes(module, w)
+
+
 def _weight_type(module: ModuleType) -> type:
   return getattr(module, "WEIGHT", PlanarArray)
 
