@@ -3,8 +3,8 @@
   pytest -m slow tests/kernels/test_native_sources.py      # 5 minutes on two cores
 
 `emulated_avx512/immintrin.h` gives the AVX-512 intrinsics in terms of AVX2's, so that the AVX-512
-source itself runs; `compare.cc` holds it to the AVX2 kernels bit by bit, in every format. Its buffers
-have exactly the sizes that the kernels are promised, so AddressSanitizer sees a step outside.
+source itself runs; `compare.cc` holds it to the AVX2 kernels bit by bit, in every format. Its
+buffers have exactly the sizes that the kernels are promised: AddressSanitizer sees a step outside.
 """
 
 import platform
