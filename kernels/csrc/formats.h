@@ -145,21 +145,14 @@ struct Q4_K : IntegerBase {  // d, dmin, scales[12], qs[128]
   static Q4_INLINE B Min(const uint8_t* p) { return SixBitMin<g>(p + 64); }
 };
 
-struct Q5_K : IntegerBase {  // d, dmin, scales[12], qh[32], qs[128]
-  static constexpr int block = 256, group = 32, bytes = 176, bits = 5;
-  static constexpr bool has_min = true;
+struct Q5_K : Q4_K {  // d, dmin, scales[12], qh[32], qs[128]
+  static constexpr int bytes = 176, bits = 5;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     const I word = Word(p + 256, i);  // Bit g of each byte goes to bit 4.
     const I high = Simd::And(g < 4 ? Simd::Shl(word, 4 - g) : Simd::Shr(word, g - 4), Mask(16));
     return Simd::Or(Nibble(Word(p + 768, (g / 2) * 8 + i), g & 1), high);
   }
-  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p); }
-  static Q4_INLINE F DMin(const uint8_t* p) { return Simd::LoadHalf(p + 32); }
-  template <int g>
-  static Q4_INLINE B Scale(const uint8_t* p) { return SixBitScale<g>(p + 64); }
-  template <int g>
-  static Q4_INLINE B Min(const uint8_t* p) { return SixBitMin<g>(p + 64); }
 };
 
 struct Q6_K : IntegerBase {  // ql[128], qh[64], scales[16], d

@@ -12,6 +12,8 @@ import pytest
 
 from experiments import train_tiny
 from experiments.tiny import checkpoint
+from experiments.tiny.data import gather, windows
+from experiments.tiny.forward import forward, initial_params
 from q4jax.errors import FormatError
 from q4jax.model.llama import Llama
 
@@ -48,14 +50,14 @@ def toy(tmp_path):
 
 
 def test_forward_is_the_model_and_dropout_is_unbiased():
-  params = train_tiny.initial_params(TOY.model, 0)
+  params = initial_params(TOY.model, 0)
   tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
   expected = Llama(TOY.model, lambda name, shape: params[name])(tokens)
-  found = train_tiny.forward(params, TOY.model, tokens, jnp.dtype(jnp.float32))
+  found = forward(params, TOY.model, tokens, jnp.dtype(jnp.float32))
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
   def dropped(key, rate):
-    return train_tiny.forward(params, TOY.model, tokens, jnp.dtype(jnp.float32), key=key, rate=rate)
+    return forward(params, TOY.model, tokens, jnp.dtype(jnp.float32), key=key, rate=rate)
 
   np.testing.assert_allclose(dropped(jax.random.key(0), 0.0), expected, rtol=1e-5, atol=1e-6)
   a, b = dropped(jax.random.key(0), 0.2), dropped(jax.random.key(1), 0.2)
@@ -64,29 +66,29 @@ def test_forward_is_the_model_and_dropout_is_unbiased():
 
 def test_an_epoch_covers_every_token_once_and_no_window_leaves_the_row():
   length, context, batch = 1000, 16, 7
-  stream = train_tiny.windows(length, context, batch, seed=3)
+  stream = windows(length, context, batch, seed=3)
   starts = np.concatenate([next(stream) for _ in range(200)])
   assert starts.min() >= 0 and starts.max() + context + 1 <= length
   first = np.sort(starts[: len(range(starts[:61].min(), length - context, context))])
   assert (np.diff(first) == context).all()
   assert len({int(s) % context for s in starts}) > 8  # Each epoch is shifted anew.
-  again = train_tiny.windows(length, context, batch, seed=3)
+  again = windows(length, context, batch, seed=3)
   np.testing.assert_array_equal(next(again), starts[:batch])
 
 
 def test_windows_begin_with_bos_and_targets_are_the_next_tokens():
   row = jnp.arange(100, dtype=jnp.int32)
-  tokens, targets = train_tiny.gather(row, jnp.array([5, 40]), 4)
+  tokens, targets = gather(row, jnp.array([5, 40]), 4)
   assert tokens.tolist() == [[0, 6, 7, 8], [0, 41, 42, 43]]
   assert targets.tolist() == [[6, 7, 8, 9], [41, 42, 43, 44]]
 
 
 def test_one_step_is_adamw():
   config = dataclasses.replace(TOY, dropout=0.0, warmup=1)
-  params = train_tiny.initial_params(config.model, 0)
+  params = initial_params(config.model, 0)
   row = jax.random.randint(jax.random.key(2), (200,), 2, 64)
   starts = np.array([[0, 30, 60, 90]], np.int32)
-  tokens, targets = train_tiny.gather(row, jnp.asarray(starts[0]), config.context)
+  tokens, targets = gather(row, jnp.asarray(starts[0]), config.context)
 
   def objective(params):
     logits = Llama(config.model, lambda name, shape: params[name])(tokens)
@@ -168,7 +170,7 @@ def test_training_learns_saves_and_resumes_to_the_same_weights(toy, tmp_path):
   assert record["validation"] == min(m["validation"] for m in lines)
   params, config, saved = checkpoint.load(tmp_path)
   assert saved == record and config == toy.model
-  shapes = {name: p.shape for name, p in train_tiny.initial_params(config, 0).items()}
+  shapes = {name: p.shape for name, p in initial_params(config, 0).items()}
   assert {name: p.shape for name, p in params.items()} == shapes
 
   # Stopped after 20 of 40 steps, as a kill leaves it, and resumed: the same final state.
@@ -184,11 +186,11 @@ def test_training_learns_saves_and_resumes_to_the_same_weights(toy, tmp_path):
 
 def _stop_after(config, steps):
   """Leaves the state file as it was at `steps`."""
-  params = train_tiny.initial_params(config.model, config.seed)
+  params = initial_params(config.model, config.seed)
   state = train_tiny.optimizer(config).init(params)
   train = train_tiny.make_train(config, jnp.dtype(jnp.float32), "xla")
   row = jnp.asarray(np.fromfile(f"{config.data}/train.bin", np.uint16).astype(np.int32))
-  stream = train_tiny.windows(len(row), config.context, config.batch, config.seed)
+  stream = windows(len(row), config.context, config.batch, config.seed)
   starts = np.stack([next(stream) for _ in range(steps)])
   params, state, *_ = train(params, state, row, starts, np.int32(0), np.float32(config.steps))
   train_tiny._save_state(
@@ -207,7 +209,7 @@ def test_a_time_budget_sets_the_number_of_steps(toy):
 
 def test_checkpoints_come_in_parts_that_belong_together(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "PART_BYTES", 10_000)
-  params = {n: np.asarray(p) for n, p in train_tiny.initial_params(TOY.model, 0).items()}
+  params = {n: np.asarray(p) for n, p in initial_params(TOY.model, 0).items()}
   paths = checkpoint.save(tmp_path, params, TOY.model, {"step": 1})
   assert len(paths) > 2 and not list(tmp_path.glob("*.tmp"))
   loaded, config, record = checkpoint.load(tmp_path)
