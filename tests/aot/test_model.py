@@ -30,7 +30,7 @@ CONFIG = LlamaConfig(
   rope_theta=500_000.0,
 )
 MATRICES = 7 * CONFIG.num_layers + 1
-BATCH, SLOTS, CHUNK = 1, 1024, 64
+BATCH, SLOTS, CHUNK = 1, 768, 64  # A cache of another size than any weight.
 
 
 def make(name: str, shape: tuple[int, ...]) -> jax.Array | BlockArray | PlanarArray:

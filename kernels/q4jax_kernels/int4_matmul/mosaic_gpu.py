@@ -52,7 +52,9 @@ class Config(mosaic_gpu_kernel.Config):
     """
     n, k = w.shape
     on_sums = m <= (64 if w.bits != (8,) else 32)
-    block_m = next(b for b in (8, 16, 32, 64, 128, 256) if b >= m or b == 256)
+    # A step's sums of x are copied 128 bytes at a time (jax 0.10 takes no less).
+    least = 32 * w.group_size // CHUNK if w.num_groups > 1 and w.minimum is not None else 8
+    block_m = next(b for b in (8, 16, 32, 64, 128, 256) if b >= max(m, least) or b == 256)
     most = 4 if block_m <= 16 and w.bits == (4,) else 2
     warpgroups = next(g for g in (4, 2, 1) if g <= most and n % (WARPGROUP_ROWS * g) == 0)
     widest = CHUNK
