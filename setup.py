@@ -24,12 +24,15 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 # gcc 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593), 35,000 lines long.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+NEON = ["-march=armv8.2-a+dotprod"]
 X86_FLAGS = {"_avx2": AVX2, "_avx512": [*AVX2, *AVX512, *QUIET]}
+ARM_FLAGS = {"_neon": NEON}
+ISA_FLAGS = X86_FLAGS | ARM_FLAGS
 
 
-def x86_suffix(source: str) -> str | None:
-  """The key of X86_FLAGS that the file name ends with."""
-  return next((suffix for suffix in X86_FLAGS if Path(source).stem.endswith(suffix)), None)
+def isa_suffix(source: str) -> str | None:
+  """The key of ISA_FLAGS that the file name ends with."""
+  return next((suffix for suffix in ISA_FLAGS if Path(source).stem.endswith(suffix)), None)
 
 
 def ffi_headers() -> str:
@@ -66,7 +69,7 @@ class BuildNative(build_ext):
     include = f"-isystem{ffi_headers()}"
 
     def compile_one(source: str) -> str:
-      flags = [include, *FLAGS, *X86_FLAGS.get(x86_suffix(source) or "", [])]
+      flags = [include, *FLAGS, *ISA_FLAGS.get(isa_suffix(source) or "", [])]
       return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)[0]
 
     try:
@@ -81,9 +84,10 @@ class BuildNative(build_ext):
 
 def sources() -> list[str]:
   """The C++ files for this processor."""
-  x86 = platform.machine() in ("x86_64", "AMD64")
+  here = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
+  mine = [None, *here.get(platform.machine(), {})]
   files = sorted(str(path) for path in Path("kernels/csrc").glob("*.cc"))
-  return [file for file in files if x86 or x86_suffix(file) is None]
+  return [file for file in files if isa_suffix(file) in mine]
 
 
 setup(

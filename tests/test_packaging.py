@@ -72,10 +72,13 @@ def build(
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles x86 instructions")
 def test_each_file_has_its_own_flags(tmp_path: Path) -> None:
-  built = build(tmp_path, pinned_jaxlib(), dict.fromkeys(["a_avx2", "a_avx512", "a"], SOURCE))
+  built = build(
+    tmp_path, pinned_jaxlib(), dict.fromkeys(["a_avx2", "a_avx512", "a_neon", "a"], SOURCE)
+  )
   assert built.returncode == 0, built.stderr
   library = ctypes.CDLL(str(tmp_path / NATIVE))
   assert (library.a(), library.a_avx2(), library.a_avx512()) == (102, 2, 512)
+  assert not hasattr(library, "a_neon")  # For another processor.
 
 
 def test_newer_headers_are_refused(tmp_path: Path) -> None:

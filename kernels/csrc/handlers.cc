@@ -1,6 +1,10 @@
 // The XLA FFI handlers of the CPU library, and the plain C functions that Python calls by ctypes.
 // Shapes are validated in Python (api.py) and again here: a wrong one is an error, never a crash.
 #include <string.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include <algorithm>
 #include <string>
@@ -29,7 +33,20 @@ constexpr const int* kBlockBytes = kBlocks.bytes;
 
 bool HasGroupsOf8(int64_t format) { return format >= kGroupwise && Groupwise(format).group == 8; }
 
-// 0 = the best this processor has; otherwise 1 + index into this order.
+#if defined(__aarch64__)
+// Whether this processor multiplies and sums bytes (vdotq_s32).
+bool HasDotProduct() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__ARM_FEATURE_DOTPROD)  // Every processor that this file is compiled for does.
+  return true;
+#else
+  return false;
+#endif
+}
+#endif
+
+// 0 = the best this processor has; otherwise what ffi.py's ISA_IDS calls it.
 const Kernels* Select(int64_t isa) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -39,6 +56,9 @@ const Kernels* Select(int64_t isa) {
   if (isa == 0) return avx512 ? &kAvx512 : avx2 ? &kAvx2 : &kScalar;
   if (isa == 3) return avx512 ? &kAvx512 : nullptr;
   if (isa == 2) return avx2 ? &kAvx2 : nullptr;
+#elif defined(__aarch64__)
+  if (isa == 0 && HasDotProduct()) return &kNeon;
+  if (isa == 4) return HasDotProduct() ? &kNeon : nullptr;
 #endif
   return isa <= 1 ? &kScalar : nullptr;
 }

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from q4jax_kernels import ffi
 from q4jax_kernels.attention import cached_attention, causal_attention, cpu, reference
 
-NATIVE = {f"native-{isa}": isa for isa in ("scalar", "avx2", "avx512")}
+NATIVE = {f"native-{isa}": isa for isa in ("scalar", "avx2", "avx512", "neon")}
 IMPLEMENTATIONS = ("reference", *NATIVE)
 CACHE_TYPES = {"f16": np.float16, "f32": np.float32, "bf16": ml_dtypes.bfloat16}
 FORGOTTEN = np.nan  # what slots hold that were never written

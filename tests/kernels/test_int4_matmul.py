@@ -17,8 +17,8 @@ from q4jax_kernels.q4_formats import Q4_FORMATS
 from random_blocks import FLOATS, FORMATS
 
 BLOCK_FORMATS = [name for name in FORMATS if name not in FLOATS]
-OF_BLOCKS = ("reference", "xla", "cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512")
-ISAS = ("scalar", "avx2", "avx512")
+OF_BLOCKS = ("reference", "xla", "cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon")
+ISAS = ("scalar", "avx2", "avx512", "neon")
 # Decode, small batches, both sides of every row count that a kernel treats apart, two sweeps.
 BATCHES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 130)
 TOLERANCE = 2e-6  # of the sum of magnitudes: float32's rounding, not a wrong scale or code
@@ -145,7 +145,7 @@ def test_all_formats_in_one_call(implementation: str) -> None:
   check(rng.normal(size=(3, 512)).astype(np.float32), weights, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["cpu_scalar", "cpu_avx2", "cpu_avx512"])
+@pytest.mark.parametrize("implementation", ["cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 3e-3, 1.0, 1e4, 3e6, 1e20, 1e30])
 def test_scales_of_x(implementation: str, scale: float) -> None:
   """About 3e-3 a block's scale begins to be float16's, about 1e4 its sum ends, about 3e6 itself."""

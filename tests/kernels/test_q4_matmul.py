@@ -24,7 +24,7 @@ from q4jax_kernels.planar_array import PlanarArray
 from q4jax_kernels.q4_array import Q4Array
 from q4jax_kernels.q4_blocks import to_blocks
 
-CPU = ("cpu_scalar", "cpu_avx2", "cpu_avx512")
+CPU = ("cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon")
 IMPLEMENTATIONS = ("reference", "xla", *CPU)
 FLOAT32 = 2e-6  # of the sum of magnitudes
 

@@ -22,7 +22,7 @@ Weight = BlockArray | Q4Array | PlanarArray | RowPlanarArray
 # for: Pallas is slow to import, and not to be had on every platform.
 _KERNELS = {"tpu": "pallas_tpu", "cuda": "mosaic_gpu"}
 IMPLEMENTATIONS = (
-  *("reference", "xla", "cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512"),
+  *("reference", "xla", "cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon"),
   *_KERNELS.values(),
 )
 
