@@ -13,7 +13,7 @@ struct Simd {
   struct I { uint32x4_t a, b, c, d; };
   using B = uint8x16_t;
   // Rows of x at once: 16 sums, 4 codes, 1 of x in 32 registers. With 6, GCC spills, and runs more
-  // instructions for a product in every format.
+  // instructions for a product in the five formats counted.
   static constexpr int kStrip = 4;
 
   static F Zero() { return Set(0.0f); }
