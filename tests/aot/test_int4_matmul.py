@@ -73,7 +73,8 @@ def test_groups(tpu: str, group_size: int | None, m: int, record_property: Calla
 
 @pytest.mark.parametrize(("m", "k", "n"), [(3, 288, 200), (700, 11008, 5000), (1, 64, 32)])
 def test_ragged(m: int, k: int, n: int) -> None:
-  compile_for("v5e", kernel, m, q4(32, False, k, n))
+  compiled = compile_for("v5e", kernel, m, q4(32, False, k, n))
+  assert "tpu_custom_call" in compiled.as_text()
 
 
 def test_sees_a_float_copy() -> None:
