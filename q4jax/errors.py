@@ -29,6 +29,14 @@ class PromptError(Q4JaxError):
   """A prompt is empty, too long for the context, or of the wrong kind."""
 
 
+class PoolError(Q4JaxError):
+  """A block of the KV cache is used by someone who holds no reference to it, or published twice."""
+
+
+class PoolExhaustedError(Q4JaxError):
+  """The KV cache has fewer free blocks than were asked for; nothing was taken."""
+
+
 class DownloadError(Q4JaxError):
   """A model could not be found or fetched."""
 

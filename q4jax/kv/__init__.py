@@ -1,0 +1,1 @@
+"""The KV cache: who owns which block of it (host)."""
