@@ -214,11 +214,10 @@ class BlockPool:
 
   def stats(self) -> PoolStats:
     with self._lock:
-      total, free = len(self._references) - 1, len(self._queue)
       return PoolStats(
-        total=total,
-        free=free,
-        in_use=total - free,
+        total=len(self._references) - 1,
+        free=len(self._queue),
+        in_use=len(self._references) - 1 - len(self._queue),
         cached=len(self._cached),
         hits=self._hits,
         misses=self._misses,

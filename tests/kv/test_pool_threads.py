@@ -15,7 +15,7 @@ from q4jax.kv.prefix import prefix_hashes
 
 BLOCKS = 48
 THREADS = 4
-OPERATIONS = 30_000  # of each thread
+OPERATIONS = 50_000  # of each thread
 
 
 @pytest.fixture(autouse=True)
