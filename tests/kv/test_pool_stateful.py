@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import q4jax
 from q4jax.kv.pool import BlockPool
 
-HASHES = [bytes([letter]) for letter in b"abcdef"]
-some_hashes = st.lists(st.sampled_from(HASHES), max_size=5)
+HASHES = [bytes([letter]) for letter in b"abcd"]
+some_hashes = st.lists(st.sampled_from(HASHES), min_size=1, max_size=4)
 pick = st.randoms(use_true_random=False)
 
 
@@ -102,7 +102,9 @@ class PoolAgainstLists(RuleBasedStateMachine):
   @precondition(lambda self: self.in_use())
   def release(self, random: Random, n: int) -> None:
     held = [b for b in self.blocks for _ in range(b.holders)]
-    chosen = random.sample(held, min(n, len(held)))
+    self.release_these(random.sample(held, min(n, len(held))))
+
+  def release_these(self, chosen: list[Block]) -> None:
     self.pool.release([b.id for b in chosen])
     for block in chosen[::-1]:
       self.let_go(block)
@@ -117,7 +119,9 @@ class PoolAgainstLists(RuleBasedStateMachine):
 
   @rule(random=pick, content_hash=st.sampled_from(HASHES))
   def publish(self, random: Random, content_hash: bytes) -> None:
-    block = random.choice(self.blocks)
+    self.publish_this(random.choice(self.blocks), content_hash)
+
+  def publish_this(self, block: Block, content_hash: bytes) -> None:
     if not block.holders or block.hash is not None:
       with pytest.raises(q4jax.PoolError):
         self.pool.publish(block.id, content_hash)
@@ -146,6 +150,16 @@ class PoolAgainstLists(RuleBasedStateMachine):
     self.counts["hits"] += len(found)
     self.counts["misses"] += len(hashes) - len(found)
     assert self.pool.lookup(hashes) == found
+
+  @rule(hashes=some_hashes)
+  def prompt(self, hashes: list[bytes]) -> None:
+    """A short life: by chance alone, blocks are seldom published and released and found again."""
+    if len(hashes) <= len(self.queue):
+      blocks = [self.take() for _ in hashes]
+      assert self.pool.allocate(len(hashes)) == [b.id for b in blocks]
+      for block, content_hash in zip(blocks, hashes, strict=True):
+        self.publish_this(block, content_hash)
+      self.release_these(blocks)
 
   @rule(random=pick)
   def writable(self, random: Random) -> None:
