@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -138,8 +139,8 @@ def test_only_blocks_in_use_are_accepted(blocks: list[int], message: str) -> Non
   pool.allocate(2)
   bad = blocks[-1:]
   for given in (blocks, blocks[::-1], bad):
-    untouched(pool, q4jax.PoolError, message, lambda given=given: pool.release(given))
-    untouched(pool, q4jax.PoolError, message, lambda given=given: pool.retain(given))
+    untouched(pool, q4jax.PoolError, message, partial(pool.release, given))
+    untouched(pool, q4jax.PoolError, message, partial(pool.retain, given))
   untouched(pool, q4jax.PoolError, message, lambda: pool.publish(bad[0], b"x"))
   untouched(pool, q4jax.PoolError, message, lambda: pool.writable(bad[0]))
   untouched(pool, q4jax.PoolError, message, lambda: pool.recycle(bad[0]))
@@ -230,7 +231,7 @@ def test_a_block_is_published_once() -> None:
       pool,
       q4jax.PoolError,
       f"Block {a} is published already",
-      lambda h=content_hash: pool.publish(a, h),
+      partial(pool.publish, a, content_hash),
     )
 
 
