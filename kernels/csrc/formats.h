@@ -8,6 +8,7 @@
 //             (Scale signed where signed_scale says so), so that a block is summed in integers;
 //   else:     w = s[g] * (code - offset) - m[g], from Scales(p, s, m).
 // offset and minimum are never both used.
+// A unit is the groups whose codes share their bytes: Group(u, s) is the s-th of unit u.
 // Source: ggml's quantisation structs (ggml-common.h) as documented in docs/formats/gguf.md.
 #pragma once
 #include "kernels.h"
@@ -27,11 +28,19 @@ struct Base {
   static constexpr bool integer = false;
   static constexpr bool has_min = false;
   static constexpr int offset = 0;
+  static constexpr int unit = 1;
+  static constexpr int Group(int u, int s) { return u + s; }
 };
 
 struct IntegerBase : Base {
   static constexpr bool integer = true;
   static constexpr bool signed_scale = false;
+};
+
+// 2-bit codes, or 4 + 2 bits: groups of 16 that lie 32 weights apart in each half of the block.
+struct QuartersBase : IntegerBase {
+  static constexpr int unit = 4;
+  static constexpr int Group(int u, int s) { return u / 2 * 8 + u % 2 + 2 * s; }
 };
 
 // ---- 32 weights a block, one scale: d, (m), (qh), qs[16]; weight l low nibble, l + 16 high.
@@ -133,6 +142,8 @@ Q4_INLINE B SixBitMin(const uint8_t* p) {
 struct Q4_K : IntegerBase {  // d, dmin, scales[12], qs[128]
   static constexpr int block = 256, group = 32, bytes = 144, bits = 4;
   static constexpr bool has_min = true;
+  static constexpr int unit = 2;
+  static constexpr int Group(int u, int s) { return 2 * u + s; }
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     return Nibble(Word(p + 256, (g / 2) * 8 + i), g & 1);
@@ -155,21 +166,24 @@ struct Q5_K : Q4_K {  // d, dmin, scales[12], qh[32], qs[128]
   }
 };
 
-struct Q6_K : IntegerBase {  // ql[128], qh[64], scales[16], d
+// d, scales[16], then for each unit and each four of its weights: the word of qh that its groups
+// share, the word of ql for its first and third group, that for the others. Not in the file's order:
+// read so, a block comes from memory front to back.
+struct Q6_K : QuartersBase {
   static constexpr bool signed_scale = true;
   static constexpr int block = 256, group = 16, bytes = 210, bits = 6, offset = 32;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     constexpr int half = g / 8, quarter = (g / 2) & 3;
-    const int l = (g & 1) * 4 + i;
-    const I low = Nibble(Word(p, half * 16 + (quarter & 1) * 8 + l), quarter >= 2);
-    const I word = Word(p + 2048, half * 8 + l);  // Bits 2 * quarter of each byte go to bit 4.
+    const uint8_t* words = p + 288 + 768 * (2 * half + (g & 1)) + 192 * i;
+    const I low = Nibble(Word(words, 1 + (quarter & 1)), quarter >= 2);
+    const I word = Word(words, 0);  // Bits 2 * quarter of each byte go to bit 4.
     const I high = quarter < 2 ? Simd::Shl(word, 4 - 2 * quarter) : Simd::Shr(word, 2 * quarter - 4);
     return Simd::Or(low, Simd::And(high, Mask(48)));
   }
-  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p + 3328); }
+  static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p); }
   template <int g>
-  static Q4_INLINE B Scale(const uint8_t* p) { return Simd::BLoad(p + 3072 + 16 * g); }
+  static Q4_INLINE B Scale(const uint8_t* p) { return Simd::BLoad(p + 32 + 16 * g); }
 };
 
 template <int g>  // of 16 weights
@@ -177,7 +191,7 @@ Q4_INLINE I TwoBits(const uint8_t* qs, int i) {
   return Simd::And(Simd::Shr(Word(qs, (g / 8) * 8 + (g & 1) * 4 + i), 2 * ((g / 2) & 3)), Mask(3));
 }
 
-struct Q2_K : IntegerBase {  // scales[16], qs[64], d, dmin
+struct Q2_K : QuartersBase {  // scales[16], qs[64], d, dmin
   static constexpr int block = 256, group = 16, bytes = 84, bits = 2;
   static constexpr bool has_min = true;
   template <int g>
@@ -190,7 +204,7 @@ struct Q2_K : IntegerBase {  // scales[16], qs[64], d, dmin
   static Q4_INLINE B Min(const uint8_t* p) { return Simd::BAnd(Simd::BShr(Simd::BLoad(p + 16 * g), 4), Simd::BSet(15)); }
 };
 
-struct Q3_K : IntegerBase {  // hmask[32], qs[64], scales[12], d
+struct Q3_K : QuartersBase {  // hmask[32], qs[64], scales[12], d
   static constexpr bool signed_scale = true;
   static constexpr int block = 256, group = 16, bytes = 110, bits = 3, offset = 4;
   template <int g>
@@ -216,6 +230,8 @@ struct Grouped : Base {
   static constexpr int block = format.block(), group = kGroup < 32 ? kGroup : 32, bytes = format.bytes();
   static constexpr int bits = 4, offset = kHasMin ? 0 : 8;
   static constexpr bool has_min = kHasMin;
+  static constexpr int unit = block == 32 ? 1 : 2;
+  static constexpr int Group(int u, int s) { return unit * u + s; }
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     constexpr int run = block == 32 ? 16 : 32, first = g * group;

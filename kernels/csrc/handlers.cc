@@ -97,9 +97,13 @@ ffi::Error CheckWeight(const ffi::Buffer<ffi::U8>& w, int64_t format, int64_t K,
   return ffi::Error::Success();
 }
 
-// y_i = x W_i^T for one or more weights that share x.
+Blocks FloatBlocks(const Kernels& kernels, int64_t format) {
+  return {kBlockSize[format], kBlockBytes[format], kernels.dequantize[format]};
+}
+
+// y_i = x W_i^T for one or more weights that share x, which `exact` says to take as it is.
 ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs ws, ffi::RemainingRets ys,
-                      ffi::Span<const int64_t> formats, int64_t isa) {
+                      ffi::Span<const int64_t> formats, bool exact, int64_t isa) {
   const Kernels* kernels = Select(isa);
   if (!kernels) return Invalid("this processor lacks the instruction set that was named");
   if (x.dimensions().size() != 2) return Invalid("x must have two dimensions");
@@ -116,6 +120,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     if (dims.size() != 2 || dims[0] != M) return Invalid("an output has the wrong shape");
     if (ffi::Error error = CheckWeight(*w, formats[i], K, dims[1]); error.failure()) return error;
     calls[i] = {w->typed_data(), x.typed_data(), {}, (*y)->typed_data(), M, K, dims[1]};
+    if (exact) continue;
     need16 |= formats[i] == kF16;
     need32 |= kBlockSize[formats[i]] == 32;
     need256 |= kBlockSize[formats[i]] == 256;
@@ -154,12 +159,14 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
     const int64_t tile_bytes = K / kBlockSize[format] * kBlockBytes[format] * kRows;
     const int64_t step = std::max<int64_t>(4, per_piece / std::max<int64_t>(tile_bytes, 1) / 4 * 4);
     for (int64_t t = 0; t < tiles; t += step) pieces.push_back({i, t, std::min(t + step, tiles)});
-    if (format == kF16) calls[i].x = x16.data();
+    if (need16 && format == kF16) calls[i].x = x16.data();
     calls[i].qx = kBlockSize[format] == 256 ? a256.View() : a32.View();
   }
   ParallelFor(pool, threads, pieces.size(), [&](int64_t p) {
-    const Piece& piece = pieces[p];
-    kernels->matmul[formats[piece.call]](calls[piece.call], piece.begin, piece.end);
+    const auto [call, begin, end] = pieces[p];
+    const int64_t format = formats[call];
+    if (exact) return kernels->exact(calls[call], FloatBlocks(*kernels, format), begin, end);
+    kernels->matmul[format](calls[call], begin, end);
   });
   return ffi::Error::Success();
 }
@@ -178,8 +185,14 @@ ffi::Error TakeRowsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Bu
     if (id < 0 || id >= num_rows)
       return Invalid("row " + std::to_string(id) + " is outside the matrix of " + std::to_string(num_rows) + " rows");
   }
+  const Blocks blocks = FloatBlocks(*kernels, format);
   ParallelFor(pool, count >= 8 ? Threads(pool) : 1, count, [&](int64_t i) {
-    kernels->take_row[format](w.typed_data(), K, ids.typed_data()[i], out->typed_data() + i * K);
+    const int64_t row = ids.typed_data()[i];
+    float tile[256 * kRows], *to = out->typed_data() + i * K;
+    for (int64_t k = 0; k < K; k += blocks.weights) {
+      blocks.dequantize(w.typed_data() + (row / kRows * K + k) / blocks.weights * blocks.bytes * kRows, tile);
+      for (int j = 0; j < blocks.weights; j++) to[k + j] = tile[j * kRows + row % kRows];
+    }
   });
   return ffi::Error::Success();
 }
@@ -249,15 +262,15 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   return ffi::Error::Success();
 }
 
-struct Field { int64_t size, offset, block_bytes; };
+struct Piece { int64_t offset, tile_offset, size; };
 
 template <int word>
-void InterleaveField(const uint8_t* in, uint8_t* out, int64_t blocks, Field f, bool reverse) {
+void InterleavePiece(const uint8_t* in, uint8_t* out, int64_t blocks, int64_t block_bytes, Piece piece, bool reverse) {
   for (int64_t b = 0; b < blocks; b++) {
-    const int64_t tile = (b * f.block_bytes + f.offset) * kRows;
+    const int64_t tile = (b * block_bytes + piece.tile_offset) * kRows;
     for (int64_t row = 0; row < kRows; row++) {
-      const int64_t plain = (row * blocks + b) * f.block_bytes + f.offset;
-      for (int64_t at = 0; at < f.size; at += word) {
+      const int64_t plain = (row * blocks + b) * block_bytes + piece.offset;
+      for (int64_t at = 0; at < piece.size; at += word) {
         const int64_t p = plain + at, t = tile + at * kRows + row * word;
         reverse ? memcpy(out + p, in + t, word) : memcpy(out + t, in + p, word);
       }
@@ -275,6 +288,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_matmul, q4::MatmulImpl,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<bool>("exact")
                                   .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_take_rows, q4::TakeRowsImpl,
@@ -312,20 +326,21 @@ const char* q4jax_isa_name(int64_t isa) {
   return kernels ? kernels->name : nullptr;
 }
 
-// Interleaves (or, with `reverse`, separates) 16 rows of `blocks` blocks each: every field of
-// `fields` {size, word} is cut into words, and word w of the 16 rows lies side by side.
-void q4jax_interleave(const uint8_t* in, uint8_t* out, int64_t blocks, int64_t num_fields, const int64_t* fields,
+// Interleaves (or, with `reverse`, separates) 16 rows of `blocks` blocks each. The pieces {offset in
+// a block, size, word} follow each other in the tile; each is cut into words, and word w of the 16
+// rows lies side by side.
+void q4jax_interleave(const uint8_t* in, uint8_t* out, int64_t blocks, int64_t num_pieces, const int64_t* pieces,
                       bool reverse) {
-  int64_t block_bytes = 0, offset = 0;
-  for (int64_t f = 0; f < num_fields; f++) block_bytes += fields[2 * f];
-  for (int64_t f = 0; f < num_fields; f++) {
-    const q4::Field field{fields[2 * f], offset, block_bytes};
-    switch (fields[2 * f + 1]) {
-      case 1: q4::InterleaveField<1>(in, out, blocks, field, reverse); break;
-      case 2: q4::InterleaveField<2>(in, out, blocks, field, reverse); break;
-      default: q4::InterleaveField<4>(in, out, blocks, field, reverse);
+  int64_t block_bytes = 0, tile_offset = 0;
+  for (int64_t i = 0; i < num_pieces; i++) block_bytes += pieces[3 * i + 1];
+  for (int64_t i = 0; i < num_pieces; i++) {
+    const q4::Piece piece{pieces[3 * i], tile_offset, pieces[3 * i + 1]};
+    switch (pieces[3 * i + 2]) {
+      case 1: q4::InterleavePiece<1>(in, out, blocks, block_bytes, piece, reverse); break;
+      case 2: q4::InterleavePiece<2>(in, out, blocks, block_bytes, piece, reverse); break;
+      default: q4::InterleavePiece<4>(in, out, blocks, block_bytes, piece, reverse);
     }
-    offset += field.size;
+    tile_offset += piece.size;
   }
 }
 

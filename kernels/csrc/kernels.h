@@ -58,14 +58,21 @@ struct Attention {
   float scale;
 };
 
+// How a format's blocks become floats.
+struct Blocks {
+  int weights, bytes;  // of one row's block
+  void (*dequantize)(const uint8_t* block, float* out);  // of 16 rows, float[weights][16]
+};
+
 struct Kernels {
   const char* name;
   // Quantises row m of x, K floats, in blocks of 32 or 256.
   void (*quantize)(const float* x, int64_t K, int block, int64_t m, int64_t M, const QuantizedX& out);
   // Tiles [begin, end) of 16 output rows.
   void (*matmul[kNumFormats])(const Matmul& a, int64_t begin, int64_t end);
-  // Row `row` of the matrix as K floats.
-  void (*take_row[kNumFormats])(const uint8_t* w, int64_t K, int64_t row, float* out);
+  // The same without rounding x.
+  void (*exact)(const Matmul& a, const Blocks& format, int64_t begin, int64_t end);
+  void (*dequantize[kNumFormats])(const uint8_t* block, float* out);  // see Blocks
   // Attention of queries [t0, t1) of batch row b and the query heads of KV head h; scratch holds
   // (Hq / Hkv) * (S + 16) floats. half: the cache is float16, else float32.
   void (*attention)(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1,

@@ -15,8 +15,9 @@ using q4::Matmul;
 
 // Rows of x per sweep over K: their partial sums stay in L1.
 constexpr int kSweepRows = 128;
-// Bytes of weights fetched ahead of their use.
-constexpr int kAhead = 4096;
+// Tiles that a thread reads side by side for few rows of x. Memory gives one stream of addresses
+// less than several: the hardware's prefetch ends with each page and starts anew.
+constexpr int kStreams = 4;
 
 inline int32_t Load4(const void* p) {
   int32_t v;
@@ -87,19 +88,12 @@ Q4_INLINE void LoadScales(const uint8_t* p, Scales<ShapeOf<Fmt>>& out) {
   }
 }
 
-// A block whose codes are read where they lie, for one or two rows of x: each group's shifts and
-// addresses are constants.
+// A block whose codes are read where they lie, for few rows of x: each group's shifts and addresses
+// are constants.
 template <class Fmt>
 struct Direct : Scales<ShapeOf<Fmt>> {
   using Shape = ShapeOf<Fmt>;
   const uint8_t* p;
-  explicit Direct(const uint8_t* block) : p(block) {
-    LoadScales<Fmt>(p, *this);
-    // The hardware's own stream ends with each page.
-    for (int line = 0; line < Fmt::bytes * kRows; line += 64) __builtin_prefetch(p + kAhead + line);
-  }
-  template <class Body>
-  Q4_INLINE void ForGroups(const Body& body) const { Unroll<kGroups<Fmt>>(body); }
   template <class G, int plane>
   Q4_INLINE I Codes(G, Int<plane>, int i) const {
     return Simd::template Plane<Fmt::bits, plane>(Fmt::template Codes<G::value>(p, i));
@@ -112,11 +106,6 @@ struct Unpacked : Scales<S> {
   using Shape = S;
   static constexpr int kPlanes = Simd::kPlanes<S::bits>;
   alignas(64) uint8_t codes[kPlanes][S::block * kRows];
-  template <class Body>
-  Q4_INLINE void ForGroups(const Body& body) const {
-#pragma GCC unroll 1
-    for (int g = 0; g < kGroups<S>; g++) body(g);
-  }
   Q4_INLINE I Codes(int g, int plane, int i) const {
     return Simd::ILoad(codes[plane] + kRows * (g * S::group + 4 * i));
   }
@@ -142,18 +131,39 @@ Q4_INLINE void Rows(const Body& body) {
   Unroll<R>([&](auto r) Q4_LAMBDA { body(r.value); });
 }
 
-// total[r] += x[m0 + r] . block `kb`, for R rows of x.
-template <int R, class Block, class S = typename Block::Shape>
-Q4_INLINE void MicroBlock(const Matmul& a, const Block& w, int64_t m0, int64_t kb, F* total) {
+// The sums of one block, for R rows of x: in integers where its scales are, else times the scales.
+template <int R, bool integer>
+struct Sums {
+  F sum[R];
+  Q4_INLINE void Clear() { Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Zero(); }); }
+};
+
+template <int R>
+struct Sums<R, true> {
+  I sum[R];
+  Q4_INLINE void Clear() { Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::ISet(0); }); }
+};
+
+// Where the rows m0 .. m0 + R - 1 of x, quantised, have block `kb`.
+struct RowsOfX {
+  const int8_t* q;
+  const float *d, *dsum;
+  const int16_t* sums;  // over each group
+};
+template <class S>
+Q4_INLINE RowsOfX XOfBlock(const Matmul& a, int64_t m0, int64_t kb) {
+  const int64_t row = kb * a.M + m0;
+  const int16_t* sums = S::group == 8 ? a.qx.sum8 : S::group == 16 ? a.qx.sum16 : a.qx.sum32;
+  return {a.qx.q + row * S::block, a.qx.d + row, a.qx.dsum + row, sums + row * kGroups<S>};
+}
+
+// out += x . group g of a block.
+template <int R, class Block, class G, class S = typename Block::Shape>
+Q4_INLINE void AddGroup(const RowsOfX& x, const Block& w, G g, Sums<R, S::integer>& out) {
   constexpr int groups = kGroups<S>, kSteps = S::group / 4, kPlanes = Simd::kPlanes<S::bits>;
   constexpr int kChain = Simd::kChain<S::bits> < kSteps ? Simd::kChain<S::bits> : kSteps;
-  const int64_t row = kb * a.M + m0;
-  const int8_t* q = a.qx.q + row * S::block;
-  const float* d = a.qx.d + row;
-  const int16_t* sums = (S::group == 8 ? a.qx.sum8 : S::group == 16 ? a.qx.sum16 : a.qx.sum32) + row * groups;
-
-  // begin(r) gives a chain its start and end(r, plane, sum) takes its sum, for every chain of group g.
-  const auto chains = [&](auto g, const auto& begin, const auto& end) Q4_LAMBDA {
+  // begin(r) gives a chain its start and end(r, plane, sum) takes its sum, for every chain.
+  const auto chains = [&](const auto& begin, const auto& end) Q4_LAMBDA {
     Unroll<kPlanes * (kSteps / kChain)>([&](auto index) Q4_LAMBDA {
       constexpr int plane = index.value * kChain / kSteps, first = index.value * kChain % kSteps;
       I sum[R];
@@ -161,57 +171,52 @@ Q4_INLINE void MicroBlock(const Matmul& a, const Block& w, int64_t m0, int64_t k
       Unroll<kChain>([&](auto step) Q4_LAMBDA {
         const I codes = w.Codes(g, Int<plane>(), first + step);
         Rows<R>([&](int r) Q4_LAMBDA {
-          sum[r] = Simd::Dot(sum[r], codes, Load4(q + r * S::block + g * S::group + 4 * (first + step)));
+          sum[r] = Simd::Dot(sum[r], codes, Load4(x.q + r * S::block + g * S::group + 4 * (first + step)));
         });
       });
       Rows<R>([&](int r) Q4_LAMBDA { end(r, Int<plane>(), sum[r]); });
     });
   };
-
   if constexpr (S::integer) {
-    I whole[R];
-    Rows<R>([&](int r) Q4_LAMBDA { whole[r] = Simd::ISet(0); });
-    w.ForGroups([&](auto g) Q4_LAMBDA {
-      chains(
-          g, [](int) Q4_LAMBDA { return Simd::ISet(0); },
-          [&](int r, auto plane, I sum) Q4_LAMBDA {
-            whole[r] = Simd::template AddScaled<plane.value>(whole[r], sum, w.scale[g]);
-          });
-    });
-    Rows<R>([&](int r) Q4_LAMBDA {
-      I low = Simd::ISet(0);
-      Unroll<groups / 2>([&](auto j) Q4_LAMBDA {
-        low = Simd::AddPairs(low, w.pair[j], Load4(sums + r * groups + 2 * j));
-      });
-      const F scale = Simd::Mul(w.d, Simd::Set(d[r]));
-      if constexpr (S::has_min) {
-        total[r] = Simd::Fma(Simd::ToFloat(whole[r]), scale, total[r]);
-        total[r] = Simd::Fma(Simd::ToFloat(low), Simd::Mul(w.dmin, Simd::Set(-d[r])), total[r]);
-      } else {
-        total[r] = Simd::Fma(Simd::ToFloat(Simd::SubI(whole[r], low)), scale, total[r]);
-      }
-    });
+    chains([](int) Q4_LAMBDA { return Simd::ISet(0); },
+           [&](int r, auto plane, I sum) Q4_LAMBDA {
+             out.sum[r] = Simd::template AddScaled<plane.value>(out.sum[r], sum, w.scale[g]);
+           });
   } else {
-    F part[R];
-    Rows<R>([&](int r) Q4_LAMBDA { part[r] = Simd::Zero(); });
-    w.ForGroups([&](auto g) Q4_LAMBDA {
-      I dot[R];
-      Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::ISet(S::offset ? -S::offset * sums[r * groups + g] : 0); });
-      chains(
-          g, [&](int r) Q4_LAMBDA { return Simd::Begin(dot[r]); },
-          [&](int r, auto plane, I sum) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum); });
-      Rows<R>([&](int r) Q4_LAMBDA {
-        part[r] = Simd::Fma(Simd::ToFloat(dot[r]), w.s[g], part[r]);
-        if constexpr (S::has_min && S::group < S::block)
-          part[r] = Simd::Fma(w.m[g], Simd::Set((float)-sums[r * groups + g]), part[r]);
-      });
-    });
+    I dot[R];
+    Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::ISet(S::offset ? -S::offset * x.sums[r * groups + g] : 0); });
+    chains([&](int r) Q4_LAMBDA { return Simd::Begin(dot[r]); },
+           [&](int r, auto plane, I sum) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum); });
     Rows<R>([&](int r) Q4_LAMBDA {
-      total[r] = Simd::Fma(part[r], Simd::Set(d[r]), total[r]);
-      if constexpr (S::has_min && S::group == S::block)
-        total[r] = Simd::Fma(w.m[0], Simd::Set(-a.qx.dsum[row + r]), total[r]);
+      out.sum[r] = Simd::Fma(Simd::ToFloat(dot[r]), w.s[g], out.sum[r]);
+      if constexpr (S::has_min && S::group < S::block)
+        out.sum[r] = Simd::Fma(w.m[g], Simd::Set((float)-x.sums[r * groups + g]), out.sum[r]);
     });
   }
+}
+
+// total[r] += the block whose groups are summed.
+template <int R, class S>
+Q4_INLINE void AddBlock(const RowsOfX& x, const Scales<S>& w, const Sums<R, S::integer>& block, F* total) {
+  Rows<R>([&](int r) Q4_LAMBDA {
+    if constexpr (S::integer) {
+      I low = Simd::ISet(0);
+      Unroll<kGroups<S> / 2>([&](auto j) Q4_LAMBDA {
+        low = Simd::AddPairs(low, w.pair[j], Load4(x.sums + r * kGroups<S> + 2 * j));
+      });
+      const F scale = Simd::Mul(w.d, Simd::Set(x.d[r]));
+      if constexpr (S::has_min) {
+        total[r] = Simd::Fma(Simd::ToFloat(block.sum[r]), scale, total[r]);
+        total[r] = Simd::Fma(Simd::ToFloat(low), Simd::Mul(w.dmin, Simd::Set(-x.d[r])), total[r]);
+      } else {
+        total[r] = Simd::Fma(Simd::ToFloat(Simd::SubI(block.sum[r], low)), scale, total[r]);
+      }
+    } else {
+      total[r] = Simd::Fma(block.sum[r], Simd::Set(x.d[r]), total[r]);
+      if constexpr (S::has_min && S::group == S::block)
+        total[r] = Simd::Fma(w.m[0], Simd::Set(-x.dsum[r]), total[r]);
+    }
+  });
 }
 
 inline void StoreOutputs(const Matmul& a, int64_t m, int64_t tile, F value) {
@@ -224,12 +229,17 @@ inline void StoreOutputs(const Matmul& a, int64_t m, int64_t tile, F value) {
 }
 
 // Rows m .. end of x times block `kb`, R at a time, the rest in smaller strips.
-template <int R, class Block>
-void Strips(const Matmul& a, const Block& w, int64_t m, int64_t end, int64_t kb, float* sums) {
+template <int R, class S>
+void Strips(const Matmul& a, const Unpacked<S>& w, int64_t m, int64_t end, int64_t kb, float* sums) {
   for (; m + R <= end; m += R, sums += R * kRows) {
+    const RowsOfX x = XOfBlock<S>(a, m, kb);
     F total[R];
     for (int r = 0; r < R; r++) total[r] = Simd::Load(sums + r * kRows);
-    MicroBlock<R>(a, w, m, kb, total);
+    Sums<R, S::integer> block;
+    block.Clear();
+#pragma GCC unroll 1
+    for (int g = 0; g < kGroups<S>; g++) AddGroup<R>(x, w, g, block);
+    AddBlock<R>(x, w, block, total);
     for (int r = 0; r < R; r++) Simd::Store(sums + r * kRows, total[r]);
   }
   if constexpr (R > 1) {
@@ -238,15 +248,36 @@ void Strips(const Matmul& a, const Block& w, int64_t m, int64_t end, int64_t kb,
   }
 }
 
-// One or two rows of x.
+// R rows of x times `count` <= kStreams tiles, which take turns unit by unit.
 template <class Fmt, int R>
-void DirectTile(const Matmul& a, int64_t tile) {
-  const int64_t blocks = a.K / Fmt::block;
-  const uint8_t* w = a.w + tile * blocks * Fmt::bytes * kRows;
-  F total[R];
-  for (int r = 0; r < R; r++) total[r] = Simd::Zero();
-  for (int64_t kb = 0; kb < blocks; kb++) MicroBlock<R>(a, Direct<Fmt>(w + kb * Fmt::bytes * kRows), 0, kb, total);
-  for (int r = 0; r < R; r++) StoreOutputs(a, r, tile, total[r]);
+void DirectTiles(const Matmul& a, int64_t tile, int64_t count) {
+  using S = ShapeOf<Fmt>;
+  const int64_t blocks = a.K / Fmt::block, stride = blocks * Fmt::bytes * kRows;
+  const uint8_t* w = a.w + tile * stride;
+  F total[kStreams][R];
+  for (auto& t : total)
+    for (auto& sum : t) sum = Simd::Zero();
+  Direct<Fmt> block[kStreams];
+  Sums<R, S::integer> sums[kStreams];
+  for (int64_t kb = 0; kb < blocks; kb++) {
+    const RowsOfX x = XOfBlock<S>(a, 0, kb);
+    for (int64_t t = 0; t < count; t++) {
+      block[t].p = w + t * stride + kb * Fmt::bytes * kRows;
+      LoadScales<Fmt>(block[t].p, block[t]);
+      sums[t].Clear();
+    }
+    Unroll<kGroups<Fmt> / Fmt::unit>([&](auto u) Q4_LAMBDA {
+#pragma GCC unroll 1
+      for (int64_t t = 0; t < count; t++) {
+        Sums<R, S::integer> sum = sums[t];
+        Unroll<Fmt::unit>([&](auto s) Q4_LAMBDA { AddGroup<R>(x, block[t], Int<Fmt::Group(u.value, s.value)>(), sum); });
+        sums[t] = sum;
+      }
+    });
+    for (int64_t t = 0; t < count; t++) AddBlock<R, S>(x, block[t], sums[t], total[t]);
+  }
+  for (int64_t t = 0; t < count; t++)
+    for (int r = 0; r < R; r++) StoreOutputs(a, r, tile + t, total[t][r]);
 }
 
 template <class Fmt>
@@ -259,8 +290,11 @@ void UnpackedTile(const Matmul& a, int64_t tile) {
     const int64_t end = a.M - sweep < kSweepRows ? a.M : sweep + kSweepRows;
     for (int64_t i = 0; i < (end - sweep) * kRows; i++) sums[i] = 0.0f;
     for (int64_t kb = 0; kb < blocks; kb++) {
-      Unpack<Fmt>(w + kb * Fmt::bytes * kRows, block);
-      Strips<Simd::kStrip>(a, block, sweep, end, kb, sums);
+      const uint8_t* p = w + kb * Fmt::bytes * kRows;
+      Unpack<Fmt>(p, block);
+      // The next block comes in while this one is multiplied.
+      for (int line = 0; line < Fmt::bytes * kRows; line += 64) __builtin_prefetch(p + Fmt::bytes * kRows + line);
+      Strips<Simd::kStrip<Fmt::bits>>(a, block, sweep, end, kb, sums);
     }
     for (int64_t m = sweep; m < end; m++) StoreOutputs(a, m, tile, Simd::Load(sums + (m - sweep) * kRows));
   }
@@ -268,14 +302,13 @@ void UnpackedTile(const Matmul& a, int64_t tile) {
 
 template <class Fmt>
 void QuantizedMatmul(const Matmul& a, int64_t begin, int64_t end) {
-  for (int64_t tile = begin; tile < end; tile++) {
-    if (a.M == 1) {
-      DirectTile<Fmt, 1>(a, tile);
-    } else if (a.M == 2) {
-      DirectTile<Fmt, 2>(a, tile);
-    } else {
-      UnpackedTile<Fmt>(a, tile);
-    }
+  if (a.M > 2) {
+    for (int64_t tile = begin; tile < end; tile++) UnpackedTile<Fmt>(a, tile);
+    return;
+  }
+  for (int64_t tile = begin; tile < end; tile += kStreams) {
+    const int64_t count = end - tile < kStreams ? end - tile : kStreams;
+    a.M == 1 ? DirectTiles<Fmt, 1>(a, tile, count) : DirectTiles<Fmt, 2>(a, tile, count);
   }
 }
 
@@ -305,7 +338,7 @@ void FloatTiles(const Matmul& a, int64_t m, int64_t tile) {
 template <class Fmt, int W>
 void FloatRows(const Matmul& a, int64_t tile) {
   int64_t m = 0;
-  constexpr int kRowsAtOnce = Simd::kStrip > 1 ? Simd::kStrip / 2 : 1;
+  constexpr int kRowsAtOnce = Simd::kFloatStrip;
   for (; m + kRowsAtOnce <= a.M; m += kRowsAtOnce) FloatTiles<Fmt, kRowsAtOnce, W>(a, m, tile);
   for (; m < a.M; m++) FloatTiles<Fmt, 1, W>(a, m, tile);
 }
@@ -317,43 +350,62 @@ void FloatMatmul(const Matmul& a, int64_t begin, int64_t end) {
   for (; tile < end; tile++) FloatRows<Fmt, 1>(a, tile);
 }
 
+// One block of sixteen rows as floats, out[k][row]: the weights that the file defines, to the bit.
 template <class Fmt>
-void TakeRow(const uint8_t* w, int64_t K, int64_t row, float* out) {
-  const int lane = row % kRows;
-  w += (row / kRows) * (K / Fmt::block) * Fmt::bytes * kRows;
-  for (int64_t kb = 0; kb < K / Fmt::block; kb++, w += Fmt::bytes * kRows) {
-    Unroll<kGroups<Fmt>>([&](auto index) {
-      constexpr int g = decltype(index)::value;
-      float scale[kRows], minimum[kRows];
-      if constexpr (Fmt::integer) {
-        Simd::Store(scale, Simd::Mul(Fmt::D(w), Simd::ToFloat(Simd::template Widen<Fmt::signed_scale>(Fmt::template Scale<g>(w)))));
-        if constexpr (Fmt::has_min)
-          Simd::Store(minimum, Simd::Mul(Fmt::DMin(w), Simd::ToFloat(Simd::template Widen<false>(Fmt::template Min<g>(w)))));
-      } else {
-        F s[kGroups<Fmt>], m[kGroups<Fmt>];
-        Fmt::Scales(w, s, m);
-        Simd::Store(scale, s[g]);
-        if constexpr (Fmt::has_min) Simd::Store(minimum, m[g]);
+void Dequantize(const uint8_t* p, float* out) {
+  F s[kGroups<Fmt>], m[kGroups<Fmt>];
+  if constexpr (!Fmt::integer) Fmt::Scales(p, s, m);
+  Unroll<kGroups<Fmt>>([&](auto g) {
+    if constexpr (Fmt::integer) {
+      s[g] = Simd::Mul(Fmt::D(p), Simd::ToFloat(Simd::template Widen<Fmt::signed_scale>(Fmt::template Scale<g.value>(p))));
+      if constexpr (Fmt::has_min)
+        m[g] = Simd::Mul(Fmt::DMin(p), Simd::ToFloat(Simd::template Widen<false>(Fmt::template Min<g.value>(p))));
+    }
+    for (int i = 0; i < Fmt::group / 4; i++) {
+      const I codes = Fmt::template Codes<g.value>(p, i);
+      for (int j = 0; j < 4; j++, out += kRows) {
+        const I code = Simd::And(Simd::Shr(codes, 8 * j), Simd::ISet(255));
+        F w = Simd::Mul(s[g], Simd::ToFloat(Simd::SubI(code, Simd::ISet(Fmt::offset))));
+        if constexpr (Fmt::has_min) w = Simd::Add(w, Simd::Mul(m[g], Simd::Set(-1.0f)));
+        Simd::Store(out, w);
       }
-      for (int i = 0; i < Fmt::group / 4; i++) {
-        alignas(64) uint8_t codes[64];
-        Simd::IStore(codes, Fmt::template Codes<g>(w, i));
-        for (int j = 0; j < 4; j++) {
-          const float product = scale[lane] * (float)((int)codes[4 * lane + j] - Fmt::offset);
-          *out++ = Fmt::has_min ? product - minimum[lane] : product;
-        }
-      }
-    });
-  }
+    }
+  });
 }
 
 template <class Fmt>
-void TakeFloatRow(const uint8_t* w, int64_t K, int64_t row, float* out) {
-  w += (row / kRows) * K * Fmt::bytes * kRows;
-  for (int64_t k = 0; k < K; k++) {
-    float lanes[kRows];
-    Simd::Store(lanes, Fmt::Value(w + k * Fmt::bytes * kRows));
-    out[k] = lanes[row % kRows];
+void Widen(const uint8_t* p, float* out) {
+  Simd::Store(out, Fmt::Value(p));
+}
+
+// sums[r] += x[m + r] . the weights k .. k + count of sixteen rows, R rows of x at a time.
+template <int R>
+void AddFloats(const Matmul& a, const float* w, int count, int64_t k, int64_t m, int64_t end, float* sums) {
+  for (; m + R <= end; m += R, sums += R * kRows) {
+    F sum[R];
+    Rows<R>([&](int r) { sum[r] = Simd::Load(sums + r * kRows); });
+    for (int i = 0; i < count; i++) {
+      const F weights = Simd::Load(w + i * kRows);
+      Rows<R>([&](int r) { sum[r] = Simd::Fma(weights, Simd::Set(a.x[(m + r) * a.K + k + i]), sum[r]); });
+    }
+    Rows<R>([&](int r) { Simd::Store(sums + r * kRows, sum[r]); });
+  }
+  if constexpr (R > 1) AddFloats<1>(a, w, count, k, m, end, sums);
+}
+
+// y = x W^T with x as it is, for study: a block becomes floats and meets every row of x.
+void ExactMatmul(const Matmul& a, const q4::Blocks& f, int64_t begin, int64_t end) {
+  alignas(64) float w[256 * kRows], sums[kSweepRows * kRows];
+  for (int64_t tile = begin; tile < end; tile++) {
+    for (int64_t sweep = 0; sweep < a.M; sweep += kSweepRows) {
+      const int64_t last = a.M - sweep < kSweepRows ? a.M : sweep + kSweepRows;
+      for (int64_t i = 0; i < (last - sweep) * kRows; i++) sums[i] = 0.0f;
+      for (int64_t k = 0; k < a.K; k += f.weights) {
+        f.dequantize(a.w + (tile * a.K + k) / f.weights * f.bytes * kRows, w);
+        AddFloats<4>(a, w, f.weights, k, sweep, last, sums);
+      }
+      for (int64_t m = sweep; m < last; m++) StoreOutputs(a, m, tile, Simd::Load(sums + (m - sweep) * kRows));
+    }
   }
 }
 

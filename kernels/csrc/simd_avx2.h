@@ -12,7 +12,10 @@ struct Simd {
   struct F { __m256 a, b; };
   struct I { __m256i a, b; };
   using B = __m128i;
-  static constexpr int kStrip = 6;  // rows of x at once: 12 sums, 2 codes, 1 of x in 16 registers
+  // Rows of x at once: 12 sums, 2 codes, 1 of x in 16 registers; what splits 8-bit codes takes more.
+  template <int bits>
+  static constexpr int kStrip = bits > 6 ? 4 : 6;
+  static constexpr int kFloatStrip = 3;
 
   static F Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F Set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

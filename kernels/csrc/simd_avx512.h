@@ -12,7 +12,10 @@ struct Simd {
   using F = __m512;
   using I = __m512i;
   using B = __m128i;
-  static constexpr int kStrip = 8;  // rows of x at once
+  // Rows of x at once.
+  template <int bits>
+  static constexpr int kStrip = 8;
+  static constexpr int kFloatStrip = 4;
 
   static F Zero() { return _mm512_setzero_ps(); }
   static F Set(float x) { return _mm512_set1_ps(x); }

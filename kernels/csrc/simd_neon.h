@@ -14,7 +14,9 @@ struct Simd {
   using B = uint8x16_t;
   // Rows of x at once: 16 sums, 4 codes, 1 of x in 32 registers. With 6, GCC spills, and runs more
   // instructions for a product in the five formats counted.
+  template <int bits>
   static constexpr int kStrip = 4;
+  static constexpr int kFloatStrip = 2;
 
   static F Zero() { return Set(0.0f); }
   static F Set(float x) {

@@ -49,7 +49,10 @@ struct Simd {
   typedef uint32_t I __attribute__((vector_size(64)));
   typedef int32_t Signed __attribute__((vector_size(64)));
   typedef uint8_t B __attribute__((vector_size(16)));
-  static constexpr int kStrip = 1;  // rows of x at once
+  // Rows of x at once.
+  template <int bits>
+  static constexpr int kStrip = 1;
+  static constexpr int kFloatStrip = 1;
 
   static F Zero() { return F{}; }
   static F Set(float x) { return x - F{}; }

@@ -9,7 +9,7 @@
   function<Grouped<group, false, false>>, function<Grouped<group, false, true>>, \
       function<Grouped<group, true, false>>, function<Grouped<group, true, true>>,
 #define Q4_MATMUL(group) Q4_GROUPED(QuantizedMatmul, group)
-#define Q4_TAKE_ROW(group) Q4_GROUPED(TakeRow, group)
+#define Q4_DEQUANTIZE(group) Q4_GROUPED(Dequantize, group)
 
 #define Q4_KERNELS(variable, label)                                                                   \
   namespace q4 {                                                                                      \
@@ -21,9 +21,11 @@
        QuantizedMatmul<Q2_K>, QuantizedMatmul<Q3_K>, QuantizedMatmul<Q4_K>, QuantizedMatmul<Q5_K>,    \
        QuantizedMatmul<Q6_K>, QuantizedMatmul<IQ4_NL>, QuantizedMatmul<IQ4_XS>,                       \
        Q4_GROUP_SIZES(Q4_MATMUL)},                                                                    \
-      {TakeFloatRow<F32>, TakeFloatRow<F16>, TakeFloatRow<BF16>, TakeRow<Q4_0>, TakeRow<Q4_1>,        \
-       TakeRow<Q5_0>, TakeRow<Q5_1>, TakeRow<Q8_0>, TakeRow<Q2_K>, TakeRow<Q3_K>, TakeRow<Q4_K>,      \
-       TakeRow<Q5_K>, TakeRow<Q6_K>, TakeRow<IQ4_NL>, TakeRow<IQ4_XS>, Q4_GROUP_SIZES(Q4_TAKE_ROW)},  \
+      ExactMatmul,                                                                                    \
+      {Widen<F32>, Widen<F16>, Widen<BF16>, Dequantize<Q4_0>, Dequantize<Q4_1>, Dequantize<Q5_0>,     \
+       Dequantize<Q5_1>, Dequantize<Q8_0>, Dequantize<Q2_K>, Dequantize<Q3_K>, Dequantize<Q4_K>,      \
+       Dequantize<Q5_K>, Dequantize<Q6_K>, Dequantize<IQ4_NL>, Dequantize<IQ4_XS>,                    \
+       Q4_GROUP_SIZES(Q4_DEQUANTIZE)},                                                                \
       Attend,                                                                                         \
       StoreCache,                                                                                     \
   };                                                                                                  \

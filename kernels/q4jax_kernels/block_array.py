@@ -4,8 +4,9 @@ The formats are GGUF's (block_formats.py) and our own group-wise ones (q4_format
 
 Layouts of `data` (both uint8, both exact):
   rows  [N, row_bytes]             row after row, as in a GGUF file.
-  x16   [ceil(N / 16), 16 * row_bytes]  sixteen rows side by side: within a block, each field is cut
+  x16   [ceil(N / 16), 16 * row_bytes]  sixteen rows side by side: within a block, each piece is cut
         into words and word w of the 16 rows is contiguous, so one vector load serves 16 outputs.
+        The pieces are the block's fields, in the order in which the kernels read them (PIECES).
         Rows past N are zero. This is what the CPU kernels read.
 """
 
@@ -41,6 +42,26 @@ FIELDS: dict[str, tuple[tuple[int, int], ...]] = {
   "iq4_xs": ((2, 2), (2, 2), (4, 1), (128, 4)),
   **{name: form.fields for name, form in Q4_FORMATS.items()},
 }
+
+
+def _pieces(format: str) -> tuple[tuple[int, int, int], ...]:
+  """(offset, bytes, word bytes) of the pieces of a block, in the order of the x16 layout."""
+  if format == "q6_k":
+    # First d and the scales; then, for each half, each 16 of its 32 bytes and each word of these,
+    # the upper bits and the two words of lower bits that belong to the same weights.
+    codes = [
+      (offset + 16 * part + 4 * word, 4, 4)
+      for half in (0, 1)
+      for part in (0, 1)
+      for word in range(4)
+      for offset in (128 + 32 * half, 64 * half, 64 * half + 32)
+    ]
+    return ((208, 2, 2), (192, 16, 1), *codes)
+  offsets = np.cumsum([0] + [size for size, _ in FIELDS[format]]).tolist()
+  return tuple((at, size, word) for at, (size, word) in zip(offsets, FIELDS[format], strict=False))
+
+
+PIECES = {format: _pieces(format) for format in FIELDS}
 # The kernels' numbering (csrc/kernels.h, enum Format).
 FORMAT_IDS = {name: i for i, name in enumerate(FIELDS)}
 _LAWS = FORMATS | Q4_FORMATS
@@ -95,12 +116,13 @@ class BlockArray:
     tiles, width = self.data.shape
     _, block_bytes = block_shape(self.format)
     blocks = self.data.reshape(tiles, -1, ROWS * block_bytes)
-    parts, at = [], 0
-    for size, word in FIELDS[self.format]:
+    parts, at = {}, 0
+    for offset, size, word in PIECES[self.format]:
       part = blocks[..., at : at + ROWS * size].reshape(tiles, -1, size // word, ROWS, word)
-      parts.append(part.transpose(0, 3, 1, 2, 4).reshape(tiles, ROWS, -1, size))
+      parts[offset] = part.transpose(0, 3, 1, 2, 4).reshape(tiles, ROWS, -1, size)
       at += ROWS * size
-    plain = jnp.concatenate(parts, axis=-1).reshape(tiles * ROWS, width // ROWS)
+    in_order = [parts[offset] for offset in sorted(parts)]
+    plain = jnp.concatenate(in_order, axis=-1).reshape(tiles * ROWS, width // ROWS)
     return BlockArray(plain[: self.num_rows], self.format, self.num_rows, "rows")
 
   def tiles(self) -> "BlockArray":
@@ -127,12 +149,12 @@ def interleave_tile(rows: np.ndarray, format: str, out: np.ndarray) -> None:
     padded = np.zeros((ROWS, rows.shape[1]), np.uint8)
     padded[: rows.shape[0]] = rows
     rows = padded
-  if ffi.interleave(rows, out, FIELDS[format]):
+  if ffi.interleave(rows, out, PIECES[format]):
     return
   _, block_bytes = block_shape(format)
   blocks = rows.reshape(ROWS, -1, block_bytes)
   view, at = out.reshape(-1, ROWS * block_bytes), 0
-  for size, word in FIELDS[format]:
-    part = blocks[:, :, at : at + size].reshape(ROWS, -1, size // word, word)
+  for offset, size, word in PIECES[format]:
+    part = blocks[:, :, offset : offset + size].reshape(ROWS, -1, size // word, word)
     view[:, ROWS * at : ROWS * (at + size)] = part.transpose(1, 2, 0, 3).reshape(len(view), -1)
     at += size

@@ -59,20 +59,23 @@ def isa_name(isa: str = "best") -> str | None:
 
 
 def interleave(
-  source: np.ndarray, out: np.ndarray, fields: tuple[tuple[int, int], ...], reverse: bool = False
+  source: np.ndarray,
+  out: np.ndarray,
+  pieces: tuple[tuple[int, int, int], ...],
+  reverse: bool = False,
 ) -> bool:
   """Interleaves one tile of 16 rows in C; False where the library is missing.
 
   Args:
     source, out: contiguous uint8 arrays of the same size, a whole number of tiles' blocks.
-    fields: (bytes, word bytes) of each field of a block.
+    pieces: (offset, bytes, word bytes) of each piece of a block, in the tile's order.
   """
   lib = library()
   if lib is None:
     return False
-  table = np.array(fields, np.int64)
-  blocks = source.size // (16 * sum(size for size, _ in fields))
+  table = np.array(pieces, np.int64)
+  blocks = source.size // (16 * sum(size for _, size, _ in pieces))
   lib.q4jax_interleave(
-    source.ctypes.data, out.ctypes.data, blocks, len(fields), table.ctypes.data, reverse
+    source.ctypes.data, out.ctypes.data, blocks, len(pieces), table.ctypes.data, reverse
   )
   return True

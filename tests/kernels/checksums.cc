@@ -15,7 +15,7 @@ constexpr int kWeights[] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256
 constexpr int kBytes[] = {4, 2, 2, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210, 18, 136};
 // Where a block's floats begin, and their bytes.
 constexpr int kFloats[][2] = {{0, 4}, {0, 2}, {0, 2}, {0, 2},  {0, 4}, {0, 2},   {0, 4}, {0, 2},
-                              {80, 4}, {108, 2}, {0, 4}, {0, 4}, {208, 2}, {0, 2}, {0, 2}};
+                              {80, 4}, {108, 2}, {0, 4}, {0, 4}, {0, 2},   {0, 2}, {0, 2}};
 
 // Blocks of 16 rows: any codes, and floats below 2, for which the upper exponent bit is cleared.
 std::vector<uint8_t> RandomTiles(std::mt19937& random, int64_t count, int bytes, int first, int floats) {
@@ -52,7 +52,7 @@ void PrintMatmuls(std::mt19937& random) {
       const int64_t K = 512, N = 40, tiles = 3;
       const auto w = RandomTiles(random, tiles * (K / weights), bytes, first, floats);
       const auto x = RandomFloats(random, M * K);
-      std::vector<float> y(M * N), rows(K * N);
+      std::vector<float> y(M * N), exact(M * N), floats_out(weights * kRows);
       const int block = weights == 256 ? 256 : 32;
       std::vector<int8_t> q(M * K);
       std::vector<float> d(M * K / block), dsum(block == 32 ? M * K / block : 0);
@@ -62,11 +62,14 @@ void PrintMatmuls(std::mt19937& random) {
       for (int64_t g = 0; g < M * K / 8; g++)
         for (int j = 0; j < 8; j++) sum8[g] += q[8 * g + j];
       KERNELS.matmul[format]({w.data(), x.data(), qx, y.data(), M, K, N}, 0, tiles);
-      for (int64_t row = 0; row < N; row++) KERNELS.take_row[format](w.data(), K, row, &rows[row * K]);
+      KERNELS.dequantize[format](w.data(), floats_out.data());
+      const Blocks blocks{weights, bytes, KERNELS.dequantize[format]};
+      KERNELS.exact({w.data(), x.data(), qx, exact.data(), M, K, N}, blocks, 0, tiles);
       Print("quantize", block, M, q);
       Print("scales", block, M, d);
       Print("matmul", format, M, y);
-      Print("take_row", format, M, rows);
+      Print("exact", format, M, exact);
+      Print("dequantize", format, M, floats_out);
     }
   }
 }

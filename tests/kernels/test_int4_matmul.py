@@ -17,7 +17,8 @@ from q4jax_kernels.q4_formats import Q4_FORMATS
 from random_blocks import FLOATS, FORMATS
 
 BLOCK_FORMATS = [name for name in FORMATS if name not in FLOATS]
-OF_BLOCKS = ("reference", "xla", "cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon")
+ROUNDING = ("cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon")
+OF_BLOCKS = ("reference", "xla", *ROUNDING, "cpu_exact")
 ISAS = ("scalar", "avx2", "avx512", "neon")
 # Decode, small batches, both sides of every row count that a kernel treats apart, two sweeps.
 BATCHES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 130)
@@ -31,7 +32,8 @@ def needs(isa: str) -> None:
 
 def runnable(implementation: str) -> str:
   if implementation.startswith("cpu"):
-    needs(implementation.removeprefix("cpu").removeprefix("_") or "best")
+    isa = implementation.removeprefix("cpu").removeprefix("_")
+    needs("best" if isa in ("", "exact") else isa)
   return implementation
 
 
@@ -87,7 +89,7 @@ def expected(x: np.ndarray, rows: np.ndarray, format: str, implementation: str) 
   """float64[M, N]; the native kernels round x, the others do not."""
   w = random_blocks.dequantize(rows, format).astype(np.float64)
   block, _ = block_shape(format)
-  if not implementation.startswith("cpu") or format in ("f32", "bf16"):
+  if implementation not in ROUNDING or format in ("f32", "bf16"):
     return x.astype(np.float64) @ w.T
   if format == "f16":
     return half(x).astype(np.float64) @ w.T
@@ -316,6 +318,20 @@ def test_layout_by_hand(isa: str) -> None:
     (y,) = cpu.int4_matmul(jnp.asarray(x), [w], isa)
     np.testing.assert_allclose(y, [[127 * weight]], rtol=1e-6)
   assert np.flatnonzero(cpu.take_rows(w, jnp.zeros(1, jnp.int32), isa)).tolist() == [0, 16]
+
+
+def test_q6_k_by_hand() -> None:
+  """d, the scales, then the words that a step of the kernel reads together."""
+  rows = np.arange(16 * 210, dtype=np.uint32).reshape(16, 210).astype(np.uint8)
+  tile = np.asarray(tiles_array(rows, "q6_k").data)[0]
+  assert tile[:4].tolist() == [*rows[0, 208:], *rows[1, 208:]]
+  assert tile[32:34].tolist() == [rows[0, 192], rows[1, 192]]
+  words = tile[288:].reshape(2, 2, 4, 3, 16, 4)  # half, part of 16 bytes, word, field, row, byte
+  for half, part, word, row in ((0, 0, 0, 0), (0, 1, 3, 7), (1, 0, 2, 15), (1, 1, 1, 1)):
+    at = 16 * part + 4 * word
+    for field, first in enumerate((128 + 32 * half, 64 * half, 64 * half + 32)):
+      expected_bytes = rows[row, first + at : first + at + 4]
+      assert words[half, part, word, field, row].tolist() == expected_bytes.tolist()
 
 
 def test_fields_fill_their_blocks() -> None:

@@ -3,7 +3,7 @@
 Activations are rounded as llama.cpp rounds them. For quantised weights to int8, in blocks of 256
 (k-quants) with a float32 scale each or of 32 with a float16 one; for float16 weights to float16.
 What float16 has no normal number for stays float32. Accumulation is int32 within a group and
-float32 across.
+float32 across. `exact` takes activations as they are and sums in float32, several times slower.
 """
 
 import functools
@@ -22,18 +22,20 @@ def supports(ws: Sequence[object]) -> bool:
   return all(isinstance(w, BlockArray) and w.layout == "x16" for w in ws) and ffi.available()
 
 
-def int4_matmul(x: jax.Array, ws: Sequence[BlockArray], isa: str = "best") -> list[jax.Array]:
+def int4_matmul(
+  x: jax.Array, ws: Sequence[BlockArray], isa: str = "best", exact: bool = False
+) -> list[jax.Array]:
   """x float[M, K] times each weight's transpose: [M, N_i] in x's dtype, all in one call."""
-  return _batchable(isa)(x, list(ws))
+  return _batchable(isa, exact)(x, list(ws))
 
 
 @functools.cache
-def _batchable(isa: str) -> Callable[[jax.Array, list[BlockArray]], list[jax.Array]]:
+def _batchable(isa: str, exact: bool) -> Callable[[jax.Array, list[BlockArray]], list[jax.Array]]:
   """The call with its rule for vmap: a batch of x is more rows; batched weights go one by one."""
 
   @jax.custom_batching.custom_vmap
   def matmul(x: jax.Array, ws: list[BlockArray]) -> list[jax.Array]:
-    return _call(x, ws, isa)
+    return _call(x, ws, isa, exact)
 
   @matmul.def_vmap
   def rule(
@@ -55,7 +57,7 @@ def _batchable(isa: str) -> Callable[[jax.Array, list[BlockArray]], list[jax.Arr
   return matmul
 
 
-def _call(x: jax.Array, ws: list[BlockArray], isa: str) -> list[jax.Array]:
+def _call(x: jax.Array, ws: list[BlockArray], isa: str, exact: bool) -> list[jax.Array]:
   call = jax.ffi.ffi_call(
     "q4jax_matmul", [jax.ShapeDtypeStruct((x.shape[0], w.num_rows), jnp.float32) for w in ws]
   )
@@ -63,6 +65,7 @@ def _call(x: jax.Array, ws: list[BlockArray], isa: str) -> list[jax.Array]:
     x.astype(jnp.float32),
     *(w.data for w in ws),
     formats=np.array([FORMAT_IDS[w.format] for w in ws], np.int64),
+    exact=exact,
     isa=np.int64(ffi.ISA_IDS[isa]),
   )
   return [y.astype(x.dtype) for y in ys]

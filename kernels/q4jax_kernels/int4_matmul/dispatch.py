@@ -22,7 +22,7 @@ Weight = BlockArray | Q4Array | PlanarArray | RowPlanarArray
 # for: Pallas is slow to import, and not to be had on every platform.
 _KERNELS = {"tpu": "pallas_tpu", "cuda": "mosaic_gpu"}
 IMPLEMENTATIONS = (
-  *("reference", "xla", "cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon"),
+  *("reference", "xla", "cpu", "cpu_scalar", "cpu_avx2", "cpu_avx512", "cpu_neon", "cpu_exact"),
   *_KERNELS.values(),
 )
 
@@ -66,7 +66,7 @@ def run(name: str, x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
   """x float[M, K] times each weight's transpose: [M, N_i] in x's dtype."""
   if name.startswith("cpu"):
     blocks = [w for w in ws if isinstance(w, BlockArray)]  # All of them: `check` saw to it.
-    return cpu.int4_matmul(x, blocks, isa=_isa(name))
+    return cpu.int4_matmul(x, blocks, isa=_isa(name), exact=name == "cpu_exact")
   if name == "planar":
     return [_planar(x, w) for w in ws]
   module = {"reference": reference, "xla": xla}.get(name) or _kernel(name)
@@ -129,4 +129,4 @@ def _takes(module: ModuleType, w: Weight) -> bool:
 
 
 def _isa(name: str) -> str:
-  return name.removeprefix("cpu").removeprefix("_") or "best"
+  return "best" if name in ("cpu", "cpu_exact") else name.removeprefix("cpu_")
