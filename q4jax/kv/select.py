@@ -8,9 +8,10 @@ NaN counts as -inf. Scores that are not finite stay out of means, medians and de
 below every threshold, +inf above. Of equally good slots the earlier one stays.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -171,8 +172,10 @@ class _Best(Select):
   rank: r_j = max_h (share of slots below a_hj), so that r_j > q is "any head above its quantile".
   """
 
-  needs_by: ClassVar[tuple[str, ...]] = ("zscore", "logz", "rank")
-  by: By = "zscore"
+  by: By = dataclasses.field(default="zscore", kw_only=True)
+
+  def __post_init__(self) -> None:
+    checks.one_of(self, "by", get_args(By))
 
   @property
   def amounts(self) -> bool:
@@ -215,8 +218,8 @@ class UnionRank(_Best):
   keep: float = 0.6
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     checks.share(self, "keep", one=True)
-    checks.one_of(self, "by", self.needs_by)
 
   def total(self, valid: jax.Array) -> jax.Array:
     return _times(self.keep, valid, up=True)
@@ -230,8 +233,8 @@ class TopK(_Best):
   k: int = 1024
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     checks.whole(self, "k", at_least=1)
-    checks.one_of(self, "by", self.needs_by)
 
   def total(self, valid: jax.Array) -> jax.Array:
     return jnp.minimum(self.k, valid)
