@@ -85,8 +85,8 @@ def _row(
 ) -> dict[str, np.ndarray]:
   lost = int(rng.integers(1, 5)) if holes and n > 1 else 0
   length = n + lost
-  inside = 1 + rng.permutation(length - 2)[: n - 2] if n > 2 else []
-  pos = np.sort([*inside, *({0, length - 1} if n > 1 else {0})]).astype(np.int32)
+  inside = 1 + rng.permutation(max(length - 2, 0))[: max(n - 2, 0)]
+  pos = np.sort([*inside, *{0, length - 1}]).astype(np.int32)
   q = rng.normal(size=(heads, length, head_dim))
   k, v = rng.normal(size=(2, kv_heads, n, head_dim)) * rng.uniform(0.5, 2, (1, kv_heads, n, 1))
   logits = q @ np.repeat(k, heads // kv_heads, axis=0).swapaxes(1, 2) / head_dim**0.5
@@ -103,7 +103,7 @@ def _row(
   return {
     "pos": np.pad(pos, (0, slots - n), constant_values=10**6),
     "valid": np.arange(slots) < n,
-    "length": np.int32(length),
+    "length": np.array(length, np.int32),
     "k": fill(k, 1, slots, garbage),
     "v": fill(v, 1, slots, garbage),
     "attn": fill(fill(attn[:, -last:], 1, window, 0, front=True), 2, slots, garbage),
@@ -119,8 +119,8 @@ def _check_static(policy: Policy) -> None:
   parameters = vars(type(policy)).get("__dataclass_params__")
   if parameters is None or not parameters.eq:
     raise ContractError(
-      f"{type(policy).__name__} must be decorated with @dataclass(frozen=True), `eq` left alone: it "
-      "would equal others of its class with other options, and be served their compiled program."
+      f"{type(policy).__name__} must be decorated with @dataclass(frozen=True), `eq` left alone: "
+      "it would equal others of its class with other options, and be served their programs."
     )
   try:
     hash(policy)

@@ -151,7 +151,8 @@ class TopP(Select):
       return jnp.any(amount > 0, axis=1)
     place = masked.first_in_order(amount, jnp.broadcast_to(eligible, amount.shape))
     _, ordered = jax.lax.sort((place, amount), dimension=-1, num_keys=1)
-    before = jnp.cumsum(ordered, axis=-1) - ordered  # held by the slots ahead of each
+    # Held by the slots ahead of each.
+    before = jnp.pad(jnp.cumsum(ordered, axis=-1)[..., :-1], ((0, 0), (0, 0), (1, 0)))
     count = jnp.sum(
       (before < self.p * jnp.sum(amount, axis=-1, keepdims=True)) & (ordered > 0),
       axis=-1,
