@@ -1,0 +1,24 @@
+"""Which slots stay: score, protect and select, put together. The one function the cache calls."""
+
+import jax
+
+from q4jax.errors import ConfigError
+from q4jax.kv.policy import Policy, ScoreContext
+from q4jax.kv.protect import Protect
+from q4jax.kv.select import Select
+
+
+def keep_mask(policy: Policy, select: Select, protect: Protect, context: ScoreContext) -> jax.Array:
+  """bool[B, S], True for the slots of one layer that stay: pure, and static but for the context.
+
+  ConfigError if the context lacks what the policy needs, or if `select` needs amounts (scores of 0
+  or more) and the policy's are not.
+  """
+  if select.amounts and not policy.nonnegative:
+    raise ConfigError(
+      f"{type(select).__name__} needs scores of 0 or more, and {type(policy).__name__} does not "
+      "promise them (`nonnegative = True`). Choose UnionRank, TopK, MedianStd or Quantile, or a "
+      "policy on attention."
+    )
+  protected = protect(context.pos, context.length, context.valid)
+  return select(policy(context), context.valid & ~protected, context.valid)

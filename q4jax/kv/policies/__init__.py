@@ -1,0 +1,1 @@
+"""Eviction policies, one a file, found by `q4jax.kv.policy.get_policy` without a list."""
