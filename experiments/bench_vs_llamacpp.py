@@ -145,8 +145,8 @@ def rates(side: Side, out: str) -> Iterator[tuple[str, float]]:
     yield name + (f" @ d{depth}" if depth or side.batched else ""), record["avg_ts"]
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-  """A record of each measurement: whose, of what, t/s, peak memory, bandwidths around it."""
+def run(config: Config) -> Iterator[list[dict[str, Any]]]:
+  """All records after each command: whose, of what, t/s, peak memory, bandwidths around it."""
   buffer = np.ones(config.probe_mib << 20, np.uint8)
 
   def bandwidth() -> float:
@@ -162,7 +162,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         record = {"repetition": repetition, "side": side.name, "test": test, "tokens_per_s": rate}
         records.append({**record, "batched": side.batched, "peak_rss_bytes": peak, **around})
       print(f"{repetition + 1}/{config.reps} {side.name}", file=sys.stderr, flush=True)
-  return records
+      yield records
 
 
 def summary(records: list[dict[str, Any]]) -> list[list[str]]:
@@ -172,7 +172,7 @@ def summary(records: list[dict[str, Any]]) -> list[list[str]]:
   rows = [["test", *names, "of default", "of best"]]
   for test in dict.fromkeys(r["test"] for r in records):
     row = {name: _median(records, "tokens_per_s", side=name, test=test) for name in names}
-    best = max(row[p] for p in peers)
+    best = max((row[p] for p in peers if row[p] == row[p]), default=math.nan)
     ratios = [row["q4jax"] / row[peers[0]], row["q4jax"] / best]
     rows.append(
       [f"{test}, tok/s", *(f"{row[n]:.2f}" for n in names), *(f"{r:.2f}" for r in ratios)]
@@ -199,12 +199,17 @@ def main(_: list[str]) -> None:
   config = config_flags.read(Config)
   if not config.model or not config.llama_bench:
     raise app.UsageError("--model and --llama_bench are needed.")
-  records = run(config)
-  print(markdown(summary(records)))
-  if config.out:
-    whole = {**provenance(), "config": dataclasses.asdict(config), "records": records}
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(whole, indent=1) + "\n")
+  records: list[dict[str, Any]] = []
+  try:
+    for records in run(config):  # Saved as they come: a run of hours may be cut short.
+      if config.out:
+        whole = {**provenance(), "config": dataclasses.asdict(config), "records": records}
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.out).write_text(json.dumps(whole, indent=1) + "\n")
+  except KeyboardInterrupt:
+    print("interrupted; the table so far:", file=sys.stderr)
+  if records:
+    print(markdown(summary(records)))
 
 
 if __name__ == "__main__":

@@ -262,6 +262,123 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   return ffi::Error::Success();
 }
 
+// One side of the pool as the handler gets it: codes, scale, minimum (empty where the format has
+// none), and {bits, group, symmetric}.
+ffi::Error CheckPart(const ffi::AnyBuffer& codes, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& minimum,
+                     ffi::Span<const int64_t> format, int64_t values, int64_t H, PagedPart& out) {
+  if (format.size() != 3) return Invalid("a format of the cache is bits, group and symmetric");
+  const int64_t bits = format[0], group = format[1];
+  const bool coded = bits == 4 || bits == 8;
+  if (!coded && bits != 16 && bits != 32) return Invalid("the cache has no numbers of " + std::to_string(bits) + " bits");
+  if (coded && (group < 4 || group % 4 || H % group || H / group > kMaxGroups))
+    return Invalid("groups of " + std::to_string(group) + " do not divide a head of " + std::to_string(H));
+  const int64_t scales = coded ? values / group * 2 : 0;
+  if ((int64_t)codes.size_bytes() != values * bits / 8 || (int64_t)scale.size_bytes() != scales ||
+      (int64_t)minimum.size_bytes() != (format[2] ? 0 : scales))
+    return Invalid("a part of the cache does not have the size that its format needs");
+  out = {bits, coded ? group : H, (const uint8_t*)codes.untyped_data(), (const uint16_t*)scale.untyped_data(),
+         coded && !format[2] ? (const uint16_t*)minimum.untyped_data() : nullptr};
+  return ffi::Error::Success();
+}
+
+// Stores each row's new key and value in the ring of one layer (no spill: the caller saw to it), and
+// attends to the row's blocks and dense slots.
+ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                              ffi::Buffer<ffi::F32> v, ffi::AnyBuffer dense_k, ffi::AnyBuffer dense_v,
+                              ffi::AnyBuffer key_codes, ffi::AnyBuffer key_scale, ffi::AnyBuffer key_minimum,
+                              ffi::AnyBuffer value_codes, ffi::AnyBuffer value_scale, ffi::AnyBuffer value_minimum,
+                              ffi::Buffer<ffi::S32> slot_pos, ffi::Buffer<ffi::S32> table,
+                              ffi::Buffer<ffi::S32> num_blocks, ffi::Buffer<ffi::S32> length,
+                              ffi::Buffer<ffi::S32> spilled, ffi::Buffer<ffi::PRED> active,
+                              ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> k_out,
+                              ffi::Result<ffi::AnyBuffer> v_out, ffi::ResultBuffer<ffi::F32> mass,
+                              ffi::ResultBuffer<ffi::F32> dense_mass, ffi::Span<const int64_t> key_format,
+                              ffi::Span<const int64_t> value_format, int64_t layer, int64_t sink, float scale,
+                              int64_t isa) {
+  const Kernels* kernels = Select(isa);
+  if (!kernels) return Invalid("this processor lacks the instruction set that was named");
+  const auto qd = q.dimensions(), kd = k.dimensions(), dd = dense_k.dimensions(), sd = slot_pos.dimensions(),
+             td = table.dimensions();
+  if (qd.size() != 4 || kd.size() != 4 || dd.size() != 5 || sd.size() != 2 || td.size() != 3)
+    return Invalid("paged attention's arguments have the wrong number of dimensions");
+  PagedAttention a{};
+  a.B = qd[0], a.N = qd[2], a.H = qd[3], a.K = kd[2], a.D = dd[3], a.P = td[2], a.block_size = sd[1];
+  a.sink = sink, a.ring = a.D - sink, a.scale = scale;
+  a.half = dense_k.element_type() == ffi::F16;
+  const int64_t L = dd[0], blocks = sd[0], bytes = a.half ? 2 : 4;
+  if (!a.half && dense_k.element_type() != ffi::F32) return Invalid("the dense cache must be float16 or float32");
+  if (a.H % 16 || a.H > kMaxHeadDim || a.block_size % 16 || a.block_size == 0 || a.block_size > kMaxBlockSize)
+    return Invalid("heads and blocks must be multiples of 16 and at most " + std::to_string(kMaxHeadDim));
+  if (layer < 0 || layer >= L) return Invalid("layer " + std::to_string(layer) + " is outside the cache");
+  const auto counts = [](const auto& buffer, int64_t n) { return (int64_t)buffer.element_count() == n; };
+  const int64_t dense_count = L * a.B * a.K * a.D * a.H;
+  const bool scored = mass->element_count() > 0;
+  if (qd[1] != 1 || a.K == 0 || a.N % a.K || a.ring < a.block_size || sink < 0 || !counts(k, a.B * a.K * a.H) ||
+      !counts(v, a.B * a.K * a.H) || !counts(dense_k, dense_count) || !counts(dense_v, dense_count) ||
+      dense_v.element_type() != dense_k.element_type() || !counts(*k_out, dense_count) || !counts(*v_out, dense_count) ||
+      k_out->element_type() != dense_k.element_type() || v_out->element_type() != dense_k.element_type() ||
+      !counts(table, L * a.B * a.P) || !counts(num_blocks, L * a.B) || !counts(length, a.B) || !counts(spilled, a.B) ||
+      !counts(active, a.B) || !counts(*out, a.B * a.N * a.H) ||
+      (scored && (!counts(*mass, a.B * a.K * a.P * a.block_size) || !counts(*dense_mass, a.B * a.K * a.D))))
+    return Invalid("paged attention's arguments do not fit each other");
+  const int64_t values = blocks * a.K * a.block_size * a.H;
+  if (ffi::Error e = CheckPart(key_codes, key_scale, key_minimum, key_format, values, a.H, a.key); e.failure()) return e;
+  if (ffi::Error e = CheckPart(value_codes, value_scale, value_minimum, value_format, values, a.H, a.value); e.failure())
+    return e;
+  a.q = q.typed_data(), a.slot_pos = slot_pos.typed_data(), a.out = out->typed_data();
+  a.table = table.typed_data() + layer * a.B * a.P, a.num_blocks = num_blocks.typed_data() + layer * a.B;
+  const bool* is_active = active.typed_data();
+
+  static thread_local std::vector<int32_t> now;  // lengths with this token
+  now.assign(length.typed_data(), length.typed_data() + a.B);
+  for (int64_t b = 0; b < a.B; b++) now[b] += is_active[b];
+  a.length = now.data(), a.spilled = spilled.typed_data();
+  for (int64_t b = 0; b < a.B; b++) {
+    if (!is_active[b]) continue;
+    if (a.num_blocks[b] < 0 || a.num_blocks[b] > a.P) return Invalid("num_blocks is outside the table");
+    for (int64_t i = 0; i < a.num_blocks[b]; i++)
+      if (a.table[b * a.P + i] < 0 || a.table[b * a.P + i] >= blocks) return Invalid("the table names a block outside the pool");
+    const int64_t sinks = std::min<int64_t>(now[b], sink);
+    if (length.typed_data()[b] < 0 || a.spilled[b] < 0 || now[b] - sinks - a.spilled[b] < 0 ||
+        now[b] - sinks - a.spilled[b] > a.ring)
+      return Invalid("the ring of " + std::to_string(a.ring) + " slots cannot hold tokens " + std::to_string(a.spilled[b]) +
+                     " to " + std::to_string(now[b] - sinks) + "; spill first");
+  }
+
+  const size_t dense_bytes = dense_k.size_bytes();
+  if (k_out->untyped_data() != dense_k.untyped_data()) memcpy(k_out->untyped_data(), dense_k.untyped_data(), dense_bytes);
+  if (v_out->untyped_data() != dense_v.untyped_data()) memcpy(v_out->untyped_data(), dense_v.untyped_data(), dense_bytes);
+  const int64_t layer_bytes = a.B * a.K * a.D * a.H * bytes;
+  uint8_t *k_layer = (uint8_t*)k_out->untyped_data() + layer * layer_bytes,
+          *v_layer = (uint8_t*)v_out->untyped_data() + layer * layer_bytes;
+  a.k = k_layer, a.v = v_layer;
+  if (scored) {
+    a.mass = mass->typed_data(), a.dense_mass = dense_mass->typed_data();
+    memset(a.mass, 0, mass->size_bytes());
+    memset(a.dense_mass, 0, dense_mass->size_bytes());
+  }
+  for (int64_t b = 0; b < a.B; b++) {
+    if (!is_active[b]) {
+      memset(a.out + b * a.N * a.H, 0, a.N * a.H * sizeof(float));
+      continue;
+    }
+    const int64_t at = now[b] - 1, slot = at < sink ? at : sink + (at - sink) % a.ring;
+    for (int64_t h = 0; h < a.K; h++) {
+      const int64_t from = (b * a.K + h) * a.H, to = ((b * a.K + h) * a.D + slot) * a.H * bytes;
+      kernels->store(k.typed_data() + from, a.H, a.half, k_layer + to);
+      kernels->store(v.typed_data() + from, a.H, a.half, v_layer + to);
+    }
+  }
+  int64_t most = 0;
+  for (int64_t b = 0; b < a.B; b++) most = std::max<int64_t>(most, a.num_blocks[b] * a.block_size + a.D);
+  ParallelFor(pool, a.B * a.N * a.H * most >= 32768 ? Threads(pool) : 1, a.B * a.K, [&](int64_t i) {
+    static thread_local std::vector<float> scratch;
+    scratch.resize(4 * (a.P * a.block_size + a.D + 16));
+    if (is_active[i / a.K]) kernels->paged_attention(a, i / a.K, i % a.K, scratch.data());
+  });
+  return ffi::Error::Success();
+}
+
 struct Piece { int64_t offset, tile_offset, size; };
 
 template <int word>
@@ -315,6 +432,38 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_attention, q4::AttentionImpl,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("layer")
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_paged_attention, q4::PagedAttentionImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("key_format")
+                                  .Attr<ffi::Span<const int64_t>>("value_format")
+                                  .Attr<int64_t>("layer")
+                                  .Attr<int64_t>("sink")
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("isa"));
 

@@ -58,6 +58,32 @@ struct Attention {
   float scale;
 };
 
+// Limits of the compressed cache.
+constexpr int kMaxHeadDim = 256, kMaxGroups = kMaxHeadDim / 8, kMaxBlockSize = 256;
+
+// Keys or values of a pool of kv blocks (kv_pages.py, layout x16). Floats of 16 or 32 bits have only
+// codes; symmetric codes have no minimum.
+struct PagedPart {
+  int64_t bits, group;
+  const uint8_t* codes;
+  const uint16_t *scale, *minimum;
+};
+
+// One query of each sequence over one layer of a compressed cache (paged.py).
+struct PagedAttention {
+  const float* q;           // [B, N, H]
+  const void *k, *v;        // dense, of this layer: [B, K, D, H]
+  bool half;                // of float16, else float32
+  PagedPart key, value;
+  const int32_t* slot_pos;  // [blocks, block_size], negative where a slot is not seen
+  const int32_t *table, *num_blocks;  // of this layer: [B, P] and [B]
+  const int32_t *length, *spilled;    // [B], this step's token counted
+  float* out;                         // [B, N, H]
+  float *mass, *dense_mass;           // [B, K, P * block_size] and [B, K, D], zeroed; or null
+  int64_t B, N, K, H, D, P, block_size, sink, ring;
+  float scale;
+};
+
 // How a format's blocks become floats.
 struct Blocks {
   int weights, bytes;  // of one row's block
@@ -77,6 +103,8 @@ struct Kernels {
   // (Hq / Hkv) * (S + 16) floats. half: the cache is float16, else float32.
   void (*attention)(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1,
                     float* scratch);
+  // The compressed cache's, of sequence b and KV head h; scratch holds 4 * (P * block_size + D + 16).
+  void (*paged_attention)(const PagedAttention& a, int64_t b, int64_t h, float* scratch);
   // Rounds n floats into the cache's type.
   void (*store)(const float* x, int64_t n, bool half, void* out);
 };

@@ -4,6 +4,7 @@
 
 #include "attention_kernel.h"
 #include "matmul_kernel.h"
+#include "paged_attention_kernel.h"
 
 #define Q4_GROUPED(function, group)                                              \
   function<Grouped<group, false, false>>, function<Grouped<group, false, true>>, \
@@ -27,6 +28,7 @@
        Dequantize<Q5_K>, Dequantize<Q6_K>, Dequantize<IQ4_NL>, Dequantize<IQ4_XS>,                    \
        Q4_GROUP_SIZES(Q4_DEQUANTIZE)},                                                                \
       Attend,                                                                                         \
+      AttendPaged,                                                                                    \
       StoreCache,                                                                                     \
   };                                                                                                  \
   }

@@ -126,7 +126,7 @@ def test_both_sides_are_measured_in_turn(tmp_path: Path) -> None:
     llama_batched_bench=program(tmp_path / "batched", BATCHED.format(python=sys.executable)),
     reps=1, pp=16, tg=4, depth=(0, 8), batch=(1, 2), batch_depth=8, threads=1, probe_mib=8,
   )  # fmt: skip
-  records = bench_vs_llamacpp.run(config)
+  *_, records = bench_vs_llamacpp.run(config)
   turns = list(dict.fromkeys((r["repetition"], r["batched"], r["side"]) for r in records))
   names = ["q4jax", "llama.cpp repacked", "llama.cpp not repacked"]
   assert turns == [(0, batched, name) for batched in (False, True) for name in names]
