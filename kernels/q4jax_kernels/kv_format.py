@@ -9,8 +9,8 @@ grid of a group spans its least and its largest value: scale = (max - min) / (2^
 minimum = -min. A symmetric one spans the largest magnitude both ways: scale = max|x| / (2^(bits-1)
 - 1), so its least code is never used. (KIVI, arXiv:2402.02750, for the asymmetric grid per token.)
 
-Values beyond float16 (infinities too) count as its largest, 65504. A group of equal values has scale
-0, code 0 and the value, rounded to float16, as -minimum. A NaN makes its whole group NaN.
+Values beyond float16 (infinities too) count as its largest, 65504. A group of equal values has
+scale 0, code 0 and the value, rounded to float16, as -minimum. A NaN makes its whole group NaN.
 """
 
 import dataclasses

@@ -24,6 +24,7 @@ Block 0 is the null block: it is never written.
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -45,11 +46,11 @@ class Parts(NamedTuple):
   minimum: jax.Array | None = None
 
 
-def _static() -> dict:
-  return {"metadata": {"static": True}}
-
-
-@jax.tree_util.register_dataclass
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["codes", "scale", "minimum"],
+  meta_fields=["format", "block_size", "head_dim", "layout", "kind"],
+)
 @dataclasses.dataclass(frozen=True)
 class Pages:
   """The keys or the values of a pool of blocks. Build with `Pages.zeros`."""
@@ -57,11 +58,11 @@ class Pages:
   codes: jax.Array
   scale: jax.Array | None
   minimum: jax.Array | None
-  format: KVFormat = dataclasses.field(**_static())
-  block_size: int = dataclasses.field(**_static())
-  head_dim: int = dataclasses.field(**_static())
-  layout: str = dataclasses.field(**_static())
-  kind: str = dataclasses.field(**_static())
+  format: KVFormat
+  block_size: int
+  head_dim: int
+  layout: str
+  kind: str
 
   @classmethod
   def zeros(
@@ -83,7 +84,7 @@ class Pages:
     else:
       scale = jnp.zeros((*shape[:-1], format.groups(head_dim)), jnp.float16)
       minimum = None if format.symmetric else jnp.zeros_like(scale)
-      parts = pack(jnp.zeros(shape, jnp.uint8), scale, minimum, format, layout, kind)
+      parts = pack(Parts(jnp.zeros(shape, jnp.uint8), scale, minimum), format, layout, kind)
     return cls(*parts, format, block_size, head_dim, layout, kind)
 
   @property
@@ -119,64 +120,51 @@ def check(format: KVFormat, block_size: int, head_dim: int, layout: str, kind: s
   format.groups(head_dim)
 
 
-def pack(
-  codes: jax.Array,
-  scale: jax.Array,
-  minimum: jax.Array | None,
-  format: KVFormat,
-  layout: str,
-  kind: str,
-) -> Parts:
+def pack(parts: Parts, format: KVFormat, layout: str, kind: str) -> Parts:
   """Codes uint8[..., bs, H], one a byte, and float16[..., bs, G], as the layout has them."""
-  slots_paired = layout == "x16" and kind == "value"
+  codes, *scales = parts
+  dims_across = layout == "x16" and kind == "value"
   if format.bits == 4:
-    axis = -2 if slots_paired else -1
-    low, high = jnp.split(codes, 2, axis)
+    low, high = jnp.split(codes, 2, -2 if dims_across else -1)
     codes = low | high << 4
   if layout == "rows":
-    return Parts(codes, scale, minimum)
+    return Parts(codes, *scales)
   *lead, rows, columns = codes.shape
-  if slots_paired:  # w, j, d, lane -> d, w, lane, j
+  if dims_across:  # w, j, d, lane -> d, w, lane, j
     codes = _permute(codes.reshape(*lead, rows // 4, 4, columns // LANES, LANES), 2, 0, 3, 1)
-  else:  # s, lane, w, j -> s, w, lane, j
-    codes = _permute(codes.reshape(*lead, rows // LANES, LANES, columns // 4, 4), 0, 2, 1, 3)
+    return Parts(codes, *jax.tree.map(lambda a: a.swapaxes(-1, -2), scales))
+  # s, lane, w, j -> s, w, lane, j
+  codes = _permute(codes.reshape(*lead, rows // LANES, LANES, columns // 4, 4), 0, 2, 1, 3)
 
-  def pack_scale(a: jax.Array) -> jax.Array:
-    lanes = a.shape[-2] if slots_paired else LANES
-    a = a.reshape(*lead, -1, lanes, a.shape[-1]).swapaxes(-1, -2)
-    return a[..., 0, :, :] if slots_paired else a
+  def in_lanes(a: jax.Array) -> jax.Array:
+    return a.reshape(*lead, rows // LANES, LANES, a.shape[-1]).swapaxes(-1, -2)
 
-  return Parts(codes, pack_scale(scale), None if minimum is None else pack_scale(minimum))
+  return Parts(codes, *jax.tree.map(in_lanes, scales))
 
 
 def unpack(parts: Parts, format: KVFormat, layout: str, kind: str) -> Parts:
   """The inverse of `pack`: codes uint8[..., bs, H] and float16[..., bs, G]."""
-  codes, scale, minimum = parts
-  slots_paired = layout == "x16" and kind == "value"
+  codes, *scales = parts
+  dims_across = layout == "x16" and kind == "value"
   if layout == "x16":
     *lead, a, b, _, _ = codes.shape
-    if slots_paired:  # d, w, lane, j -> w, j, d, lane
+    scales = jax.tree.map(lambda a: a.swapaxes(-1, -2), scales)
+    if dims_across:  # d, w, lane, j -> w, j, d, lane
       codes = _permute(codes, 1, 3, 0, 2).reshape(*lead, 4 * b, LANES * a)
     else:
       codes = _permute(codes, 0, 2, 1, 3).reshape(*lead, LANES * a, 4 * b)
-
-    def unpack_scale(a: jax.Array) -> jax.Array:
-      a = a.swapaxes(-1, -2)
-      return a if slots_paired else a.reshape(*lead, -1, a.shape[-1])
-
-    assert scale is not None
-    scale, minimum = unpack_scale(scale), None if minimum is None else unpack_scale(minimum)
+      scales = jax.tree.map(lambda s: s.reshape(*lead, LANES * a, -1), scales)
   if format.bits == 4:
-    codes = jnp.concatenate([codes & 15, codes >> 4], axis=-2 if slots_paired else -1)
-  return Parts(codes, scale, minimum)
+    codes = jnp.concatenate([codes & 15, codes >> 4], axis=-2 if dims_across else -1)
+  return Parts(codes, *scales)
 
 
 def encode(pages: Pages, x: jax.Array) -> Parts:
   """float[..., bs, H] as these pages store it, packed."""
   if pages.format.is_float:
     return Parts(kv_format.to_float(x, pages.format))
-  parts = kv_format.quantize(x, pages.format)
-  return pack(*parts, pages.format, pages.layout, pages.kind)
+  parts = Parts(*kv_format.quantize(x, pages.format))
+  return pack(parts, pages.format, pages.layout, pages.kind)
 
 
 def decode(pages: Pages, parts: Parts) -> jax.Array:
@@ -201,7 +189,7 @@ def write(pages: Pages, block_ids: jax.Array, x: jax.Array) -> Pages:
 
 def read(pages: Pages, block_ids: jax.Array) -> jax.Array:
   """The numbers of blocks int32[...], float32[..., K, bs, H]."""
-  parts = Parts(*(None if a is None else a[block_ids] for a in pages.parts))
+  parts = jax.tree.map(lambda a: a[block_ids], pages.parts)
   return decode(pages, parts)
 
 
@@ -216,46 +204,38 @@ def gather_slots(
     source_slot: int32[n, bs], and the slot in it.
     block_ids: int32[n], the new blocks; 0 drops it. Others differ from each other.
   """
-  parts = Parts(
-    *(a if a is None else a.swapaxes(1, 2) for a in _take(pages, source_block, source_slot))
-  )
+  parts = jax.tree.map(lambda a: a.swapaxes(1, 2), _take(pages, source_block, source_slot))
   if not pages.format.is_float:
-    assert parts.scale is not None
-    parts = pack(*parts, pages.format, pages.layout, pages.kind)
+    parts = pack(parts, pages.format, pages.layout, pages.kind)
   return _put(pages, block_ids, parts)
 
 
 def _take(pages: Pages, block: jax.Array, slot: jax.Array) -> Parts:
   """Single slots, unpacked: codes [n, bs, K, H], scale and minimum [n, bs, K, G]."""
-  codes, scale, minimum = pages.parts
-  half = pages.block_size // 2
-  if pages.layout == "rows" or pages.format.is_float:
-    parts = Parts(*(a if a is None else a[block, :, slot] for a in pages.parts))
-    if pages.format.is_float:
-      return parts
-    return unpack(parts, pages.format, "rows", pages.kind)
-  assert scale is not None
-  scales = (scale,) if minimum is None else (scale, minimum)
-  if pages.kind == "key":
-    codes = codes[block, :, slot // LANES, :, slot % LANES]  # [n, bs, K, words, 4]
-    found = [a[block, :, slot // LANES, :, slot % LANES] for a in scales]
-    parts = Parts(codes.reshape(*codes.shape[:-2], -1), *found)
-    return unpack(parts, pages.format, "rows", pages.kind)
-  at = slot % half if pages.format.bits == 4 else slot
-  codes = codes[block, :, :, at // 4, :, at % 4]  # [n, bs, K, H/16, 16]
-  codes = codes.reshape(*codes.shape[:-2], -1)
-  if pages.format.bits == 4:
-    codes = jnp.where((slot < half)[..., None, None], codes & 15, codes >> 4)
-  return Parts(codes, *(a[block, :, :, slot] for a in scales))
+  bits, half = pages.format.bits, pages.block_size // 2
+  if pages.format.is_float:
+    return Parts(pages.codes[block, :, slot])
+  if pages.layout == "rows":
+    found: Parts = jax.tree.map(lambda a: a[block, :, slot], pages.parts)
+    return unpack(found, pages.format, "rows", pages.kind)
+  codes, *scales = pages.parts
+  if pages.kind == "key":  # A slot has its bytes to itself, in the order of rows.
+    lane = (block, slice(None), slot // LANES, slice(None), slot % LANES)
+    row = codes[lane]  # [n, bs, K, words, 4]
+    found = Parts(row.reshape(*row.shape[:3], -1), *jax.tree.map(lambda a: a[lane], scales))
+    return unpack(found, pages.format, "rows", pages.kind)
+  at = slot % half if bits == 4 else slot
+  row = codes[block, :, :, at // 4, :, at % 4]  # [n, bs, K, H/16, 16]
+  row = row.reshape(*row.shape[:3], -1)
+  if bits == 4:
+    row = jnp.where((slot < half)[..., None, None], row & 15, row >> 4)
+  return Parts(row, *jax.tree.map(lambda a: a[block, :, :, slot], scales))
 
 
 def _put(pages: Pages, block_ids: jax.Array, parts: Parts) -> Pages:
   at = jnp.where(block_ids > 0, block_ids, pages.num_blocks)  # past the end, which drops it
-  new = (
-    old if old is None else old.at[at].set(part, mode="drop")
-    for old, part in zip(pages.parts, parts, strict=True)
-  )
-  return dataclasses.replace(pages, **dict(zip(Parts._fields, new, strict=True)))
+  new = jax.tree.map(lambda old, part: old.at[at].set(part, mode="drop"), pages.parts, parts)
+  return dataclasses.replace(pages, codes=new.codes, scale=new.scale, minimum=new.minimum)
 
 
 def _permute(x: jax.Array, *axes: int) -> jax.Array:
