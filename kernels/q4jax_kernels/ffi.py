@@ -9,7 +9,13 @@ import jax
 import numpy as np
 
 _PATH = Path(__file__).with_name("_native.so")
-_HANDLERS = ("q4jax_matmul", "q4jax_take_rows", "q4jax_attention", "q4jax_clock")
+_HANDLERS = (
+  "q4jax_matmul",
+  "q4jax_take_rows",
+  "q4jax_attention",
+  "q4jax_paged_attention",
+  "q4jax_clock",
+)
 
 # How the `isa` attribute of the handlers names an instruction set; "best" is chosen at run time.
 ISA_IDS = {"best": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}

@@ -1,9 +1,11 @@
 """One door to attention over the compressed cache: checks once, then picks an implementation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from q4jax_kernels.paged_attention import reference
+from q4jax_kernels.paged_attention import cpu, reference
 from q4jax_kernels.paged_attention.paged import Mass, Paged
 
 
@@ -21,8 +23,8 @@ def decode_attention(
 ) -> tuple[jax.Array, Paged, Mass | None]:
   """Appends one token a row to one layer of the cache, then attends to all of its live slots.
 
-  Where the ring is full, its oldest tokens are moved to a block first: see `paged.append`. Logits
-  are scaled by H^-1/2; everything is computed in float32.
+  The ring must have room for it: see `paged.spill`. Logits are scaled by H^-1/2; everything is
+  computed in float32, but that CPUs round what meets packed codes to int8 (cpu.py).
 
   Args:
     q: float32[B, 1, N, H], RoPE applied; N is a multiple of K.
@@ -41,7 +43,12 @@ def decode_attention(
     ValueError: shapes or types that do not fit each other.
   """
   _check(q, k, v, cache, length, spilled, active, layer)
-  return reference.decode_attention(q, k, v, cache, length, spilled, active, layer, scores=scores)
+  arguments = (q, k, v, cache, length, spilled, active)
+  portable = partial(reference.decode_attention, layer=layer, scores=scores)
+  if not cpu.supports(cache):
+    return portable(*arguments)
+  native = partial(cpu.decode_attention, layer=layer, scores=scores)
+  return jax.lax.platform_dependent(*arguments, cpu=native, default=portable)
 
 
 def _check(

@@ -4,7 +4,7 @@ Letters: L layers, B sequences, K KV heads, H head_dim, bs slots of a block, NB 
 P blocks of one sequence and layer at most, D = sink + recent + bs dense slots.
 
 The token at position p < sink lies in dense slot p for ever, another in slot
-sink + (p - sink) % (recent + bs): a ring. When the ring is full and one more comes, its oldest bs
+sink + (p - sink) % (recent + bs): a ring. Before one more comes to a full ring, its oldest bs
 tokens are moved to a block of the pages (a spill), where they are quantised, once. So tokens at
 positions sink .. sink + spilled - 1 have left the ring, and those after them are in it.
 """
@@ -69,71 +69,75 @@ class Mass(NamedTuple):
 
 
 def spills(cache: Paged, length: jax.Array, spilled: jax.Array, active: jax.Array) -> jax.Array:
-  """bool[B]: the rows whose ring is full, so that a step moves bs of its tokens to a block.
+  """bool[B]: the rows whose ring is full, so that it must spill before the next step.
 
-  After the step of the last layer the caller adds bs to their `spilled`. Also of NumPy arrays.
+  Also of NumPy arrays.
   """
   return active & (length - cache.sink - spilled >= cache.ring_size)
 
 
-def append(
-  k: jax.Array,
-  v: jax.Array,
-  cache: Paged,
-  length: jax.Array,
-  spilled: jax.Array,
-  active: jax.Array,
-  layer: int,
-) -> Paged:
-  """Spills where the ring is full, then stores k and v [B, 1, K, H]. As in api.py.
+def spill(
+  cache: Paged, length: jax.Array, spilled: jax.Array, active: jax.Array
+) -> tuple[Paged, jax.Array]:
+  """Makes room in the rings that are full, of all layers: the cache, and `spilled` as it is then.
 
   A spill goes to the block that block_table[layer, b] has at index num_blocks[layer, b], which
   grows by one. Where that is 0, or the table is full, the tokens are dropped.
+
+  Lengths grow by one a step, so the caller knows when the next spill is due (`spills`), and a step
+  in which none is can do without this.
   """
   full = spills(cache, length, spilled, active)
-  rows = jnp.arange(len(length))
-  table, count = cache.block_table[layer], cache.num_blocks[layer]
-  next_block = table.at[rows, count].get(mode="fill", fill_value=0)
-  block_ids = jnp.where(full, next_block, 0)
+  layers = len(cache.num_blocks)
+  next_block = jnp.take_along_axis(
+    jnp.pad(cache.block_table, ((0, 0), (0, 0), (0, 1))), cache.num_blocks[..., None], axis=2
+  )
+  block_ids = jnp.where(full, next_block[..., 0], 0)
 
   # The oldest tokens, by how many came to the ring before them: [B, bs].
   oldest = spilled[:, None] + jnp.arange(cache.block_size)[None]
-  at = cache.sink + oldest % cache.ring_size
+  at = (cache.sink + oldest % cache.ring_size)[None, :, None, :, None]
 
   def move(dense: jax.Array, pages: Pages) -> Pages:
-    x = dense[layer, rows[:, None], :, at]  # [B, bs, K, H]
-    return kv_pages.write(pages, block_ids, x.swapaxes(1, 2))
+    x = jnp.take_along_axis(dense, at, axis=3)  # [L, B, K, bs, H]
+    return kv_pages.write(pages, block_ids.reshape(-1), x.reshape(-1, *x.shape[2:]))
 
   past = cache.slot_pos.shape[0]  # no block, so nothing is stored
+  positions = jnp.broadcast_to(cache.sink + oldest, (layers, *oldest.shape))
   slot_pos = cache.slot_pos.at[jnp.where(block_ids > 0, block_ids, past)].set(
-    cache.sink + oldest, mode="drop"
+    positions, mode="drop"
   )
+  cache = dataclasses.replace(
+    cache,
+    key_pages=move(cache.k, cache.key_pages),
+    value_pages=move(cache.v, cache.value_pages),
+    slot_pos=slot_pos,
+    num_blocks=cache.num_blocks + (block_ids > 0),
+  )
+  return cache, spilled + cache.block_size * full
 
+
+def append(
+  k: jax.Array, v: jax.Array, cache: Paged, length: jax.Array, active: jax.Array, layer: int
+) -> Paged:
+  """Stores k and v [B, 1, K, H] in the ring, or among the sinks. As in api.py."""
   slot = jnp.where(
     length < cache.sink, length, cache.sink + (length - cache.sink) % cache.ring_size
   )
   slot = jnp.where(active, slot, cache.k.shape[3])  # or past the last, and dropped
+  rows = jnp.arange(len(length))
 
   def store(dense: jax.Array, new: jax.Array) -> jax.Array:
     return dense.at[layer, rows, :, slot].set(new[:, 0].astype(dense.dtype), mode="drop")
 
-  return dataclasses.replace(
-    cache,
-    k=store(cache.k, k),
-    v=store(cache.v, v),
-    key_pages=move(cache.k, cache.key_pages),
-    value_pages=move(cache.v, cache.value_pages),
-    slot_pos=slot_pos,
-    num_blocks=cache.num_blocks.at[layer].add((block_ids > 0).astype(jnp.int32)),
-  )
+  return dataclasses.replace(cache, k=store(cache.k, k), v=store(cache.v, v))
 
 
 def live_dense(cache: Paged, length: jax.Array, spilled: jax.Array, active: jax.Array) -> jax.Array:
   """bool[B, D]: the dense slots that hold a token once this step's is appended.
 
-  `length` and `spilled` are those from before the step.
+  `length` is that from before the step.
   """
-  spilled = spilled + cache.block_size * spills(cache, length, spilled, active)
   newest = (length - cache.sink)[:, None]
   slot = jnp.arange(cache.ring_size)[None]
   came = newest - (newest - slot) % cache.ring_size  # the last token that the slot was given to

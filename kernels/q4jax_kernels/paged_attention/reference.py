@@ -20,7 +20,7 @@ def decode_attention(
   scores: bool,
 ) -> tuple[jax.Array, Paged, Mass | None]:
   """Appends one token a row, then attends to all that is live. Shapes as in api.py."""
-  cache = append(k, v, cache, length, spilled, active, layer)
+  cache = append(k, v, cache, length, active, layer)
   b, _, n, h = q.shape
   kv_heads = k.shape[2]
   paged = live_paged(cache, layer, active).reshape(b, -1)
