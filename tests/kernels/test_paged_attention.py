@@ -91,7 +91,7 @@ class Simulation:
       sink,
       recent,
     )
-    self.length, self.spilled = np.zeros((2, b), np.int32)
+    self.length, self.spilled, self.blocks = np.zeros((3, b), np.int32)
     self.tokens: list[list[Token]] = [[] for _ in range(b)]
     self.attend = jax.jit(
       functools.partial(attend, layer=LAYER), static_argnames="scores", donate_argnums=3
@@ -114,13 +114,14 @@ class Simulation:
     sink, bs = cache.sink, cache.block_size
     in_ring = [t for t in tokens if t.place and t.place[0] == "dense" and t.position >= sink]
     if len(in_ring) == cache.recent + bs:
-      index = int(cache.num_blocks[LAYER, row])
+      index = int(self.blocks[row])
       room = index < cache.block_table.shape[2] and cache.block_table[LAYER, row, index] > 0
       for i, token in enumerate(sorted(in_ring, key=lambda t: t.position)[:bs]):
         token.place = ("paged", index * bs + i) if room else None
         token.key = stored(token.key.astype(np.float32), self.key_format)
         token.value = stored(token.value.astype(np.float32), self.value_format)
       self.spilled[row] += bs
+      self.blocks[row] += room
     position = int(self.length[row])
     slot = position if position < sink else sink + (position - sink) % (cache.recent + bs)
     new = Token(position, *(x.astype(self.dense).astype(np.float64) for x in (k, v)))
@@ -160,6 +161,7 @@ class Simulation:
         np.testing.assert_allclose(mass.paged[row], paged, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(mass.dense[row], ring, rtol=1e-4, atol=1e-6)
         assert not np.asarray(mass.paged[row])[paged == 0].any()
+    np.testing.assert_array_equal(self.cache.num_blocks[LAYER], self.blocks)
     np.testing.assert_array_equal(np.asarray(self.cache.k)[0], old.k[0])  # the other layer
 
   def attention(self, row: int, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
