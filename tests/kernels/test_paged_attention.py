@@ -288,6 +288,7 @@ def test_without_scores() -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"implementation": "cpu"}, "implementation 'cpu' is not one of reference, pallas_tpu"),
     ({"layer": 2}, "layer=2 is none of the cache's 2 layers"),
     ({"q": np.zeros((2, 1, 3, 16), np.float32)}, r"q has shape \[2, 1, 3, 16\]"),
     ({"k": np.zeros((2, 1, 2, 8), np.float32)}, r"k is float32\[2, 1, 2, 8\]"),
@@ -310,6 +311,7 @@ def test_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> Non
     "spilled": np.zeros(2, np.int32),
     "active": np.ones(2, bool),
     "layer": 0,
+    "implementation": None,
   }
   for name, a in changes.items():
     if name in arguments:

@@ -3,8 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from q4jax_kernels.paged_attention import reference
+from q4jax_kernels.paged_attention import pallas_tpu, reference
 from q4jax_kernels.paged_attention.paged import Mass, Paged
+
+IMPLEMENTATIONS = {
+  "reference": reference.decode_attention,
+  "pallas_tpu": pallas_tpu.decode_attention,
+}
 
 
 def decode_attention(
@@ -18,6 +23,7 @@ def decode_attention(
   layer: int,
   *,
   scores: bool,
+  implementation: str | None = None,
 ) -> tuple[jax.Array, Paged, Mass | None]:
   """Appends one token a row to one layer of the cache, then attends to all of its live slots.
 
@@ -33,12 +39,15 @@ def decode_attention(
     active: bool[B]; other rows change nothing, and their output and mass are zero.
     layer: which of the L.
     scores: whether to return the mass.
+    implementation: one of IMPLEMENTATIONS, which then runs or raises; None takes the device's: on
+      TPUs the kernel where it reads these pages, the reference elsewhere.
 
   Returns:
     float32[B, 1, N, H], the updated cache, and the mass that each slot got, or None.
 
   Raises:
-    ValueError: shapes or types that do not fit each other.
+    ValueError: shapes or types that do not fit each other, or an unknown implementation.
+    NotImplementedError: the named implementation does not read these pages.
   """
   _check(q, k, v, cache, length, spilled, active, layer)
   return reference.decode_attention(q, k, v, cache, length, spilled, active, layer, scores=scores)

@@ -1,7 +1,7 @@
 """Decode attention for TPUs (Pallas, Mosaic): packed codes stream from HBM through the block table.
 
 One grid step takes one block of one sequence, of all KV heads, and unpacks its codes in VMEM. They
-are never multiplied by their scales: with s, m and n the scale, minimum and code of slot t, group g,
+are never multiplied by their scales: for slot t and group g, with scale s, minimum m and codes n,
 
   logit_t = sum_g s_tg (q_g . n_tg) - m_tg sum(q_g)     out_g = sum_t p_t (s_tg n_tg - m_tg)
 
@@ -11,7 +11,6 @@ and so are the probabilities, of which each group's dims are kept. The softmax i
 Scales and positions are gathered by XLA too: an odd few lanes a slot, in a type Mosaic has not.
 """
 
-import functools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -218,7 +217,7 @@ def _kernel(
   if logits_ref is not None:
 
     @pl.when(jnp.logical_not(seen))
-    def _() -> None:
+    def unseen() -> None:
       logits_ref[...] = jnp.full_like(logits_ref, _NONE)
 
   @pl.when(seen)
@@ -243,11 +242,10 @@ def _logits(q: jax.Array, q_sum: jax.Array, keys: _Side, kv: int, r: int) -> jax
   """[R, bs]."""
   scale, minimum = keys.scale[kv], keys.minimum[kv]
   groups, bs = scale.shape
-  dots = [
-    jax.lax.dot_general(q[i], n, (((1,), (1,)), ((), ())), precision=_EXACT)
-    for i, n in enumerate(_codes(keys.codes[kv], q.shape[0]))
-  ]
-  by_group = functools.reduce(jnp.add, dots).reshape(groups, r, bs) * scale[:, None, :]
+  dots = jnp.zeros((groups * r, bs), jnp.float32)
+  for i, n in enumerate(_codes(keys.codes[kv], q.shape[0])):
+    dots += jax.lax.dot_general(q[i], n, (((1,), (1,)), ((), ())), precision=_EXACT)
+  by_group = dots.reshape(groups, r, bs) * scale[:, None, :]
   by_group -= q_sum.reshape(groups, r, 1) * minimum[:, None, :]
   return by_group.sum(0)
 
@@ -272,5 +270,6 @@ def _weighted(p: jax.Array, values: _Side, kv: int, group: int) -> list[jax.Arra
 def _codes(packed: jax.Array, parts: int) -> list[jax.Array]:
   """uint8[bs, H / parts] as float32 of the low and, of two parts, the high nibbles."""
   words = packed.astype(jnp.int32)
-  found = [words] if parts == 1 else [words & 15, words >> 4]
-  return [x.astype(jnp.float32) for x in found]
+  if parts == 1:
+    return [words.astype(jnp.float32)]
+  return [(words & 15).astype(jnp.float32), (words >> 4).astype(jnp.float32)]
