@@ -1,15 +1,14 @@
 """One door to attention over the compressed cache: checks once, then picks an implementation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from q4jax_kernels.paged_attention import pallas_tpu, reference
+from q4jax_kernels.paged_attention import reference
 from q4jax_kernels.paged_attention.paged import Mass, Paged
 
-IMPLEMENTATIONS = {
-  "reference": reference.decode_attention,
-  "pallas_tpu": pallas_tpu.decode_attention,
-}
+IMPLEMENTATIONS = ("reference", "pallas_tpu")
 
 
 def decode_attention(
@@ -50,7 +49,23 @@ def decode_attention(
     NotImplementedError: the named implementation does not read these pages.
   """
   _check(q, k, v, cache, length, spilled, active, layer)
-  return reference.decode_attention(q, k, v, cache, length, spilled, active, layer, scores=scores)
+  arguments = (q, k, v, cache, length, spilled, active)
+  if implementation not in (None, *IMPLEMENTATIONS):
+    names = ", ".join(IMPLEMENTATIONS)
+    raise ValueError(f"implementation '{implementation}' is not one of {names}.")
+  specification = partial(reference.decode_attention, layer=layer, scores=scores)
+  in_rows = cache.key_pages.layout == cache.value_pages.layout == "rows"
+  if implementation == "reference" or (implementation is None and not in_rows):
+    return specification(*arguments)
+  # Pallas is slow to import, so only where the pages may be for it.
+  from q4jax_kernels.paged_attention import pallas_tpu
+
+  kernel = partial(pallas_tpu.decode_attention, layer=layer, scores=scores)
+  if implementation == "pallas_tpu":
+    return kernel(*arguments)
+  if not pallas_tpu.supports(cache):
+    return specification(*arguments)
+  return jax.lax.platform_dependent(*arguments, tpu=kernel, default=specification)
 
 
 def _check(
