@@ -91,7 +91,7 @@ class Simulation:
       sink,
       recent,
     )
-    self.length, self.spilled = np.zeros((2, b), np.int32)
+    self.length, self.spilled, self.blocks = np.zeros((3, b), np.int32)
     self.tokens: list[list[Token]] = [[] for _ in range(b)]
     # What the native kernel rounds to int8 moves each output by about 1% of a standard deviation.
     native = attend is not reference.decode_attention and cpu.supports(self.cache)
@@ -120,13 +120,14 @@ class Simulation:
     sink, bs = cache.sink, cache.block_size
     in_ring = [t for t in tokens if t.place and t.place[0] == "dense" and t.position >= sink]
     if len(in_ring) == cache.recent + bs:
-      index = int(cache.num_blocks[LAYER, row])
+      index = int(self.blocks[row])
       room = index < cache.block_table.shape[2] and cache.block_table[LAYER, row, index] > 0
       for i, token in enumerate(sorted(in_ring, key=lambda t: t.position)[:bs]):
         token.place = ("paged", index * bs + i) if room else None
         token.key = stored(token.key.astype(np.float32), self.key_format)
         token.value = stored(token.value.astype(np.float32), self.value_format)
       self.spilled[row] += bs
+      self.blocks[row] += room
     position = int(self.length[row])
     slot = position if position < sink else sink + (position - sink) % (cache.recent + bs)
     new = Token(position, *(x.astype(self.dense).astype(np.float64) for x in (k, v)))
@@ -172,6 +173,7 @@ class Simulation:
         np.testing.assert_allclose(mass.paged[row], paged, **(close if self.rounds else exact))
         np.testing.assert_allclose(mass.dense[row], ring, **(close if self.rounds else exact))
         assert not np.asarray(mass.paged[row])[paged == 0].any()
+    np.testing.assert_array_equal(self.cache.num_blocks[LAYER], self.blocks)
     np.testing.assert_array_equal(np.asarray(self.cache.k)[0], old.k[0])  # the other layer
 
   def attention(self, row: int, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -353,6 +355,7 @@ def test_without_scores() -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"implementation": "cpu"}, "implementation 'cpu' is not one of reference, pallas_tpu"),
     ({"layer": 2}, "layer=2 is none of the cache's 2 layers"),
     ({"q": np.zeros((2, 1, 3, 16), np.float32)}, r"q has shape \[2, 1, 3, 16\]"),
     ({"k": np.zeros((2, 1, 2, 8), np.float32)}, r"k is float32\[2, 1, 2, 8\]"),
@@ -375,6 +378,7 @@ def test_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> Non
     "spilled": np.zeros(2, np.int32),
     "active": np.ones(2, bool),
     "layer": 0,
+    "implementation": None,
   }
   for name, a in changes.items():
     if name in arguments:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from q4jax_kernels.paged_attention import cpu, reference
 from q4jax_kernels.paged_attention.paged import Mass, Paged
 
+IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu")
+
 
 def decode_attention(
   q: jax.Array,
@@ -20,6 +22,7 @@ def decode_attention(
   layer: int,
   *,
   scores: bool,
+  implementation: str | None = None,
 ) -> tuple[jax.Array, Paged, Mass | None]:
   """Appends one token a row to one layer of the cache, then attends to all of its live slots.
 
@@ -35,20 +38,43 @@ def decode_attention(
     active: bool[B]; other rows change nothing, and their output and mass are zero.
     layer: which of the L.
     scores: whether to return the mass.
+    implementation: one of IMPLEMENTATIONS, which then runs or raises; None takes the device's: the
+      native kernel for pages in layout x16, on TPUs theirs for codes in rows, else the reference.
 
   Returns:
     float32[B, 1, N, H], the updated cache, and the mass that each slot got, or None.
 
   Raises:
-    ValueError: shapes or types that do not fit each other.
+    ValueError: shapes or types that do not fit each other, or an unknown implementation.
+    NotImplementedError: the named implementation does not read these pages.
   """
   _check(q, k, v, cache, length, spilled, active, layer)
   arguments = (q, k, v, cache, length, spilled, active)
-  portable = partial(reference.decode_attention, layer=layer, scores=scores)
-  if not cpu.supports(cache):
+  if implementation not in (None, *IMPLEMENTATIONS):
+    names = ", ".join(IMPLEMENTATIONS)
+    raise ValueError(f"implementation '{implementation}' is not one of {names}.")
+  options = {"layer": layer, "scores": scores}
+  portable = partial(reference.decode_attention, **options)
+  native = partial(cpu.decode_attention, **options)
+  if implementation == "reference":
     return portable(*arguments)
-  native = partial(cpu.decode_attention, layer=layer, scores=scores)
-  return jax.lax.platform_dependent(*arguments, cpu=native, default=portable)
+  if implementation == "cpu" or (implementation is None and cpu.supports(cache)):
+    return native(*arguments)  # The layout x16 is made for CPUs alone.
+  if implementation is None and not _in_rows(cache):
+    return portable(*arguments)
+  # Pallas is slow to import, so only where the pages may be for it.
+  from q4jax_kernels.paged_attention import pallas_tpu
+
+  kernel = partial(pallas_tpu.decode_attention, **options)
+  if implementation == "pallas_tpu":
+    return kernel(*arguments)
+  if not pallas_tpu.supports(cache):
+    return portable(*arguments)
+  return jax.lax.platform_dependent(*arguments, tpu=kernel, default=portable)
+
+
+def _in_rows(cache: Paged) -> bool:
+  return cache.key_pages.layout == cache.value_pages.layout == "rows"
 
 
 def _check(

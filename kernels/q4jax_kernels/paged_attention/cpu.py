@@ -44,7 +44,18 @@ def decode_attention(
   scores: bool,
   isa: str = "best",
 ) -> tuple[jax.Array, Paged, Mass | None]:
-  """Shapes as in api.py. The dense part of a donated cache is updated in place."""
+  """Shapes as in api.py. The dense part of a donated cache is updated in place.
+
+  Raises:
+    NotImplementedError: pages that `supports` refuses.
+  """
+  if not supports(cache):
+    raise NotImplementedError(
+      "'cpu' needs the native library and pages in layout x16, without bfloat16, of heads of at "
+      f"most {_MAX_HEAD_DIM} and blocks of at most {_MAX_BLOCK}; got {cache.key_pages.format} in "
+      f"'{cache.key_pages.layout}' and {cache.value_pages.format}, heads of {cache.k.shape[-1]}, "
+      f"blocks of {cache.block_size}."
+    )
   b, _, kv_heads, _ = k.shape
   blocks, dense = cache.block_table.shape[2] * cache.block_size, cache.k.shape[3]
   mass_shapes = [(b, kv_heads, blocks), (b, kv_heads, dense)] if scores else [(0,), (0,)]
