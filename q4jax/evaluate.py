@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from q4jax.errors import ConfigError, PromptError
-from q4jax.model.layers import Span
+from q4jax.model.caches import KVCache, Span
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
-from q4jax_kernels.attention import Cache
 
 # Tokens of a sequence that pass through the layers together; a power of two.
 _WIDTH = 256
@@ -175,7 +174,9 @@ def _nll(module: Llama, tokens: jax.Array, first: int) -> jax.Array:
     padded = jnp.pad(x, ((0, 0), (0, steps * width - (length - 1))))
     return padded.reshape(batch, steps, width).swapaxes(0, 1)
 
-  def step(cache: Cache, window: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:
+  def step(
+    cache: KVCache, window: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[KVCache, jax.Array]:
     start, inputs, targets = window
     count = jnp.minimum(length - 1 - start, width)
     ones = jnp.ones((batch,), jnp.int32)
@@ -189,7 +190,7 @@ def _nll(module: Llama, tokens: jax.Array, first: int) -> jax.Array:
     return cache, losses
 
   shape = (config.num_layers, batch, config.num_kv_heads, steps * width, config.head_dim)
-  empty = (jnp.zeros(shape), jnp.zeros(shape))
+  empty: KVCache = (jnp.zeros(shape), jnp.zeros(shape))
   starts = width * jnp.arange(steps, dtype=jnp.int32)
   _, losses = jax.lax.scan(step, empty, (starts, windows(tokens[:, :-1]), windows(tokens[:, 1:])))
   return losses.swapaxes(0, 1).reshape(batch, -1)[:, first : length - 1]

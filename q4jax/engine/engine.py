@@ -13,6 +13,9 @@ from q4jax.engine.programs import MAX_LOGPROBS, Output, Programs, State, new_sta
 from q4jax.engine.sampling import SamplingArrays, SamplingParams
 from q4jax.engine.text import TextAssembler
 from q4jax.errors import ConfigError, PromptError
+from q4jax.kv.cache import CompressedKV, KVUsage
+from q4jax.kv.config import KVConfig
+from q4jax.model.caches import Compressed, Recording
 from q4jax.model.model import Model
 
 Prompt = str | Sequence[int]
@@ -62,6 +65,7 @@ class Timing:
   first_token_s: float = 0.0
   decoded_tokens: int = 0
   decode_s: float = 0.0
+  kv: KVUsage | None = None  # what a compressed cache held in the end
 
   @property
   def prefill_rate(self) -> float:
@@ -99,6 +103,8 @@ class Engine:
     model: from `q4jax.load`.
     max_context: most tokens a sequence may have, prompt and output; the model's own limit if None.
     kv_dtype: the KV cache's type, "f16", "bf16" or "f32"; None takes f16 on a CPU, else bf16.
+    kv: how the cache is compressed when the prompts have been read; not at all if None. While they
+      are read it is dense.
     prefill_chunk: most prompt tokens of a sequence in one program call; a longer prompt takes
       several. A power of two.
 
@@ -112,6 +118,7 @@ class Engine:
     *,
     max_context: int | None = None,
     kv_dtype: str | None = None,
+    kv: KVConfig | None = None,
     prefill_chunk: int = 512,
   ) -> None:
     limit = model.config.context_length
@@ -125,7 +132,11 @@ class Engine:
     name = kv_dtype or ("f16" if self._device.platform == "cpu" else "bf16")
     if name not in dtypes:
       raise ConfigError(f"kv_dtype is '{name}'; expected one of {', '.join(dtypes)}.")
-    self.model = model
+    if kv is not None:
+      kv.check(model.config)
+      if name == "bf16" and self._device.platform == "cpu":
+        raise ConfigError("kv_dtype 'bf16' cannot be compressed on a CPU; use 'f16' or 'f32'.")
+    self.model, self.kv = model, kv
     self.kv_dtype = dtypes[name]
     self.prefill_chunk = prefill_chunk
 
@@ -255,6 +266,12 @@ class Engine:
     limit = jnp.asarray(limits + [0] * (batch - len(ids)), jnp.int32)
 
     state, hidden = self._prefill(programs, ids, batch, slots)
+    lengths = [len(row) for row in ids] + [0] * (batch - len(ids))
+    compressed = None
+    if self.kv is not None:
+      room = np.array(limits + [0] * (batch - len(ids)))
+      compressed = self._compress(self.kv, state, np.array(lengths), room)
+      state = replace(state, cache=compressed.state)
     state, output = programs.first(leaves, state, hidden, arrays, limit, stop_ids)
     output.token.block_until_ready()
     timing.prompt_tokens = sum(map(len, ids))
@@ -267,6 +284,11 @@ class Engine:
       # The next step is under way while this one's token is read and turned into text.
       ahead = None
       if step + 1 < max(limits):
+        if compressed is not None:
+          assert isinstance(state.cache, Compressed)
+          running = np.isin(np.arange(batch), list(open_rows))
+          state = replace(state, cache=compressed.before_step(state.cache, state.length, running))
+          timing.kv = compressed.usage
         state, ahead = programs.decode(leaves, state, arrays, stop_ids)
       tokens = np.asarray(output.token)
       for row in sorted(open_rows):
@@ -286,10 +308,12 @@ class Engine:
   ) -> tuple[State, jax.Array]:
     """Runs all prompts through, in chunks; returns the state and each prompt's last hidden."""
     config = self.model.config
+    window = 0 if self.kv is None else self.kv.window
+    window = slots if window < 0 else window
     # Placed where the programs' results will be: else the second call would compile again.
     state, hidden = jax.device_put(
       (
-        new_state(config, batch, slots, self.kv_dtype),
+        new_state(config, batch, slots, self.kv_dtype, window),
         jnp.zeros((batch, config.d_model), jnp.float32),
       ),
       self._device,
@@ -304,6 +328,15 @@ class Engine:
         tokens[b, : len(part)], count[b] = part, len(part)
       state, hidden = programs.prefill(self.model.leaves, state, tokens, count, hidden)
     return state, hidden
+
+  def _compress(
+    self, kv: KVConfig, state: State, lengths: np.ndarray, room: np.ndarray
+  ) -> CompressedKV:
+    cache, queries = state.cache, None
+    if isinstance(cache, Recording):
+      queries, cache = cache.queries, cache.cache
+    assert isinstance(cache, tuple)
+    return CompressedKV(kv, self.model.config, cache, queries, lengths, room)
 
   def _chunk(
     self,

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from q4jax.config import LlamaConfig
 from q4jax.engine.sampling import SamplingArrays, sample
-from q4jax.model.layers import Span
+from q4jax.model.caches import KVCache, Recording, Span
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
-from q4jax_kernels.attention import Cache
 
 # Alternatives reported with each token where log-probabilities are asked for (OpenAI's limit).
 MAX_LOGPROBS = 20
@@ -25,7 +24,7 @@ class State:
   """Everything that changes from step to step; donated to each call.
 
   Attributes:
-    cache: keys and values of all layers, [L, B, K, S, H] each.
+    cache: of all layers.
     length: int32[B], tokens in the cache.
     token: int32[B], the last token sampled, not yet in the cache.
     remaining: int32[B], tokens still to be sampled; 0 once a row has stopped, and its cache and
@@ -33,7 +32,7 @@ class State:
     seen: bool[B, V], tokens of the prompt and the output.
   """
 
-  cache: Cache
+  cache: KVCache
   length: jax.Array
   token: jax.Array
   remaining: jax.Array
@@ -57,13 +56,20 @@ class Output:
   top_logprobs: jax.Array | None = None
 
 
-def new_state(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> State:
-  """An empty state for `batch` sequences of up to `slots` tokens."""
+def new_state(
+  config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype, window: int = 0
+) -> State:
+  """An empty state for `batch` sequences of up to `slots` tokens.
+
+  With a `window` the last so many queries are remembered, for a policy of eviction.
+  """
   shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+  queries = (config.num_layers, batch, window, config.num_heads, config.head_dim)
   zeros = jnp.zeros((batch,), jnp.int32)
+  # Keys and values are separate buffers: each is donated and updated in place.
+  dense = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
   return State(
-    # Keys and values are separate buffers: each is donated and updated in place.
-    cache=(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+    cache=Recording(dense, jnp.zeros(queries)) if window else dense,
     length=zeros,
     token=zeros + 0,
     remaining=zeros + 0,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from q4jax.config import LlamaConfig
+from q4jax.model.caches import KVCache, Span, attend
 from q4jax.model.rope import rotate
-from q4jax_kernels.attention import Cache, cached_attention, causal_attention
+from q4jax_kernels.attention import causal_attention
 from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.int4_matmul import int4_matmul, take_rows
 from q4jax_kernels.planar_array import PlanarArray
@@ -94,18 +94,6 @@ class RMSNorm(nnx.Module):
     return y.astype(x.dtype)
 
 
-class Span(NamedTuple):
-  """Where the tokens of a cached call lie.
-
-  Attributes:
-    start: int32[B], position of each row's first token, which is also the number of cached tokens.
-    length: int32[B], how many of the row's tokens are real; the rest is padding.
-  """
-
-  start: jax.Array
-  length: jax.Array
-
-
 class Attention(nnx.Module):
   """Grouped-query attention with RoPE; biases and q/k norms where the config has them."""
 
@@ -130,9 +118,9 @@ class Attention(nnx.Module):
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    cache: Cache | None = None,
+    cache: KVCache | None = None,
     span: Span | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
+  ) -> tuple[jax.Array, KVCache | None]:
     """x [B, T, D] -> (y [B, T, D], cache). Without a cache, plain causal attention over T."""
     c, (b, t, _) = self.config, x.shape
     q, k, v = project(x, [self.q, self.k, self.v], self.dtype)
@@ -150,7 +138,7 @@ class Attention(nnx.Module):
     if cache is None or span is None:
       out = causal_attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
     else:
-      out, cache = cached_attention(q, k, v, cache, span.start, span.length, self.layer)
+      out, cache = attend(q, k, v, cache, span, self.layer)
     out = out.astype(x.dtype).reshape(b, t, c.num_heads * c.head_dim)
     return project(out, [self.output], self.dtype)[0], cache
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from q4jax.config import LlamaConfig
+from q4jax.model.caches import KVCache, Span
 from q4jax.model.layers import (
   Attention,
   Embedding,
@@ -12,12 +13,10 @@ from q4jax.model.layers import (
   Make,
   Quantized,
   RMSNorm,
-  Span,
   project,
   variable,
 )
 from q4jax.model.rope import cos_sin
-from q4jax_kernels.attention import Cache
 
 
 class Block(nnx.Module):
@@ -35,9 +34,9 @@ class Block(nnx.Module):
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    cache: Cache | None = None,
+    cache: KVCache | None = None,
     span: Span | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
+  ) -> tuple[jax.Array, KVCache | None]:
     y, cache = self.attn(self.attn_norm(x), cos, sin, cache, span)
     x = x + y
     return x + self.ffn(self.ffn_norm(x)), cache
@@ -77,7 +76,7 @@ class Llama(nnx.Module):
       x, _ = block(x, cos, sin)
     return self.unembed(self.output_norm(x))
 
-  def hidden(self, tokens: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
+  def hidden(self, tokens: jax.Array, cache: KVCache, span: Span) -> tuple[jax.Array, KVCache]:
     """The normalised last hidden state, float32[B, T, D], and the updated cache.
 
     Args:

@@ -53,9 +53,8 @@ def decode_attention(
   if implementation not in (None, *IMPLEMENTATIONS):
     names = ", ".join(IMPLEMENTATIONS)
     raise ValueError(f"implementation '{implementation}' is not one of {names}.")
-  options = {"layer": layer, "scores": scores}
-  portable = partial(reference.decode_attention, **options)
-  native = partial(cpu.decode_attention, **options)
+  portable = partial(reference.decode_attention, layer=layer, scores=scores)
+  native = partial(cpu.decode_attention, layer=layer, scores=scores)
   if implementation == "reference":
     return portable(*arguments)
   if implementation == "cpu" or (implementation is None and cpu.supports(cache)):
@@ -65,7 +64,7 @@ def decode_attention(
   # Pallas is slow to import, so only where the pages may be for it.
   from q4jax_kernels.paged_attention import pallas_tpu
 
-  kernel = partial(pallas_tpu.decode_attention, **options)
+  kernel = partial(pallas_tpu.decode_attention, layer=layer, scores=scores)
   if implementation == "pallas_tpu":
     return kernel(*arguments)
   if not pallas_tpu.supports(cache):

@@ -1,0 +1,198 @@
+"""The host's side of a compressed cache: which blocks belong to whom, and when that changes."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from q4jax.config import LlamaConfig
+from q4jax.kv.compress import decide, pack, spilled_after
+from q4jax.kv.config import KVConfig
+from q4jax.kv.pool import BlockPool
+from q4jax.model.caches import Compressed
+from q4jax_kernels import ffi
+from q4jax_kernels.attention import Cache
+from q4jax_kernels.kv_pages import LANES, Pages
+from q4jax_kernels.paged_attention import Paged, spill
+
+_decide = jax.jit(decide, static_argnames="kv")
+_pack = jax.jit(pack, static_argnames="kv", donate_argnames="paged")
+
+
+@partial(jax.jit, donate_argnums=0)
+def _spill(cache: Compressed, length: jax.Array, table: jax.Array, active: jax.Array) -> Compressed:
+  paged = replace(cache.paged, block_table=table)
+  paged, spilled = spill(paged, length, cache.spilled, active)
+  return replace(cache, paged=paged, spilled=spilled)
+
+
+@dataclass(frozen=True)
+class KVUsage:
+  """What a compressed cache holds, in tokens of one layer's sequence, and in bytes.
+
+  Attributes:
+    seen: tokens of all sequences.
+    kept: mean over layers of the tokens that attention still sees, dense ones included.
+    blocks: kv blocks in use.
+    block_bytes: bytes of these blocks, scales and positions included.
+    dense_bytes: bytes of sinks and rings.
+    float16_bytes: bytes that a float16 cache of all tokens seen would have.
+  """
+
+  seen: int
+  kept: float
+  blocks: int
+  block_bytes: int
+  dense_bytes: int
+  float16_bytes: int
+
+  @property
+  def keep_ratio(self) -> float:
+    return self.kept / self.seen
+
+  @property
+  def compression(self) -> float:
+    """float16_bytes over what is held."""
+    return self.float16_bytes / (self.block_bytes + self.dense_bytes)
+
+
+class CompressedKV:
+  """Compresses the dense cache of a prefilled batch and hands out blocks while it decodes.
+
+  Args:
+    kv: what to do.
+    config: of the model.
+    cache: dense, of all layers; not needed afterwards.
+    queries: as `decide` wants them.
+    length: tokens of each row's prompt; 0 for a row of padding.
+    room: tokens that each row may decode.
+    num_blocks: of the pool, the null block included; None for as many as this batch can need.
+
+  Raises:
+    PoolExhaustedError: the pool has fewer blocks than the prompts need.
+  """
+
+  def __init__(
+    self,
+    kv: KVConfig,
+    config: LlamaConfig,
+    cache: Cache,
+    queries: jax.Array | None,
+    length: np.ndarray,
+    room: np.ndarray,
+    num_blocks: int | None = None,
+  ) -> None:
+    kv.check(config)
+    self.kv, self.config = kv, config
+    self._length, self._started = length.astype(np.int64), length > 0
+    self._spilled = np.asarray(spilled_after(self._length, kv))
+    keep = _decide(cache, queries, jnp.asarray(length, jnp.int32), kv=kv)
+    self._kept = np.asarray(keep.sum(-1))  # [L, B]
+    stored = np.broadcast_to(self._spilled, self._kept.shape) if kv.mask else self._kept
+    counts = -(-stored // kv.block_size)
+    last = np.asarray(spilled_after(self._length + room, kv))
+    growth = np.where(self._started, (last - self._spilled) // kv.block_size, 0)
+    width = _bucket(int((counts + growth).max()) + 1)
+    needed = 1 + int((counts + growth).sum())
+    self.num_blocks = num_blocks or _bucket(needed, least=16)
+    self.pool = BlockPool(self.num_blocks)
+    self.table = np.zeros((*counts.shape, width), np.int32)
+    self._counts = np.zeros_like(counts)
+    self._append(counts)
+    device = next(iter(cache[0].devices()))
+    paged = jax.device_put(self._empty(cache[0].dtype, width), device)
+    paged = _pack(
+      cache, keep, jnp.asarray(length, jnp.int32), jnp.asarray(self.table), paged, kv=kv
+    )
+    spilled = jax.device_put(self._spilled.astype(np.int32), device)
+    self.state = Compressed(paged, spilled, kv.rotate)
+
+  def _empty(self, dtype: jnp.dtype, width: int) -> Paged:
+    kv, config, batch = self.kv, self.config, len(self._length)
+    on_cpu = jax.default_backend() == "cpu" and ffi.available()
+    layout = "x16" if on_cpu and config.head_dim % LANES == 0 else "rows"
+    pages = partial(
+      Pages.zeros,
+      self.num_blocks,
+      config.num_kv_heads,
+      config.head_dim,
+      layout=layout,
+      block_size=kv.block_size,
+    )
+    dense = (
+      config.num_layers,
+      batch,
+      config.num_kv_heads,
+      kv.protect.sink + kv.protect.recent + kv.block_size,
+      config.head_dim,
+    )
+    table = (config.num_layers, batch, width)
+    return Paged(
+      jnp.zeros(dense, dtype),
+      jnp.zeros(dense, dtype),
+      pages(kv.key, kind="key"),
+      pages(kv.value, kind="value"),
+      jnp.full((self.num_blocks, kv.block_size), -1, jnp.int32),
+      jnp.zeros(table, jnp.int32),
+      jnp.zeros(table[:2], jnp.int32),
+      kv.protect.sink,
+      kv.protect.recent,
+    )
+
+  def _append(self, counts: np.ndarray) -> None:
+    """Takes `counts` [L, B] more blocks and puts them at the ends of the tables. All or nothing."""
+    ids = iter(self.pool.allocate(int(counts.sum())))
+    for layer, row in np.argwhere(counts):
+      at = self._counts[layer, row]
+      self.table[layer, row, at : at + counts[layer, row]] = [
+        next(ids) for _ in range(counts[layer, row])
+      ]
+    self._counts += counts
+
+  def before_step(self, cache: Compressed, length: jax.Array, running: np.ndarray) -> Compressed:
+    """The cache with room for one more token of each row that is `running` (bool[B]).
+
+    Costs nothing but where a ring is full, which is every block_size tokens of a row.
+
+    Raises:
+      PoolExhaustedError: no blocks are left; the cache is as it was.
+    """
+    kv, running = self.kv, running & self._started
+    ring = kv.protect.recent + kv.block_size
+    full = running & (self._length - kv.protect.sink - self._spilled >= ring)
+    self._length = self._length + running
+    if not full.any():
+      return cache
+    self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64))
+    self._kept = self._kept + kv.block_size * full
+    self._spilled = self._spilled + kv.block_size * full
+    return _spill(cache, length, jnp.asarray(self.table), jnp.asarray(full))
+
+  def release(self) -> None:
+    """Gives all blocks back to the pool."""
+    for layer, row in np.argwhere(self._counts):
+      self.pool.release(self.table[layer, row, : self._counts[layer, row]].tolist())
+    self._counts[:] = 0
+
+  @property
+  def usage(self) -> KVUsage:
+    c, paged = self.config, self.state.paged
+    blocks = int(self._counts.sum())
+    pages = paged.key_pages.nbytes + paged.value_pages.nbytes + paged.slot_pos.nbytes
+    dense = self._length - self._spilled
+    rows = self._started.sum() / len(self._length)
+    return KVUsage(
+      seen=int(self._length.sum()),
+      kept=float(self._kept.mean(axis=0).sum() + dense[self._started].sum()),
+      blocks=blocks,
+      block_bytes=pages // self.num_blocks * blocks,
+      dense_bytes=int((paged.k.nbytes + paged.v.nbytes) * rows),
+      float16_bytes=int(self._length.sum()) * 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim,
+    )
+
+
+def _bucket(n: int, least: int = 1) -> int:
+  """The least power of two that is n or more: few sizes, so that few programs compile."""
+  return max(least, 1 << (n - 1).bit_length())

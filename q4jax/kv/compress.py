@@ -1,0 +1,187 @@
+"""From the dense cache that prefill fills to a compressed one: what stays, and moving it there.
+
+Two pure functions, for between them the host finds blocks for exactly what stays. Attention over
+the prompt is over by then: tokens are scored, evicted, and only then rounded.
+"""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from q4jax.kv.config import KVConfig
+from q4jax.kv.policy import ScoreContext
+from q4jax_kernels import kv_pages
+from q4jax_kernels.attention import Cache
+from q4jax_kernels.hadamard import rotate
+from q4jax_kernels.kv_pages import Pages
+from q4jax_kernels.paged_attention import Paged
+
+_Array = TypeVar("_Array", jax.Array, np.ndarray)
+
+# Most numbers of attention probabilities that exist at once while they are summed.
+_CHUNK = 16 << 20
+
+
+def spilled_after(length: _Array, kv: KVConfig) -> _Array:
+  """int[B]: how many tokens behind the sinks a prompt of `length` leaves to the blocks.
+
+  A multiple of block_size, and as if the tokens had come one by one: as few as leave the others
+  room in the ring.
+  """
+  size = kv.block_size
+  over = length - kv.protect.sink - (kv.protect.recent + size)
+  return (over.clip(0) + size - 1) // size * size
+
+
+def decide(cache: Cache, queries: jax.Array | None, length: jax.Array, kv: KVConfig) -> jax.Array:
+  """bool[L, B, S]: the tokens of each layer that go to the blocks, which eviction leaves of them.
+
+  Args:
+    cache: dense, [L, B, K, S, H]; slot s holds position s.
+    queries: float32[L, B, W, N, H], as the policy's needs say, the last row that of position
+      length - 1; None where there is no policy, or it needs none.
+    length: int32[B], tokens of the prompts.
+  """
+  slots = cache[0].shape[3]
+  pos = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (len(length), slots))
+  valid = pos < length[:, None]
+  behind = pos - kv.protect.sink
+  leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
+  policy, select = kv.policy, kv.select
+  if policy is None:
+    return jnp.broadcast_to(leaves, (cache[0].shape[0], *leaves.shape))
+  # What stays in the ring stays whatever its score, and counts as kept.
+  eligible = valid & leaves & ~kv.protect(pos, length, valid)
+
+  def layer(arrays: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+    context = _context(*arrays, pos, valid, length, kv)
+    return select(policy(context), eligible, valid) & leaves
+
+  return jax.lax.map(layer, (*cache, queries))
+
+
+def _context(
+  k: jax.Array,
+  v: jax.Array,
+  queries: jax.Array | None,
+  pos: jax.Array,
+  valid: jax.Array,
+  length: jax.Array,
+  kv: KVConfig,
+) -> ScoreContext:
+  """What the policy may know of one layer: k, v [B, K, S, H], queries [B, W, N, H]."""
+  assert kv.policy is not None
+  needs = kv.policy.needs
+  context = ScoreContext(pos, valid, length, k.shape[1], k=k, v=v)
+  if queries is None:
+    return context
+  if needs.attn == "cumulative":
+    mass, visits = _mass(queries, k, length)
+    return dataclasses.replace(context, mass=mass, visits=visits)
+  attn = _attention(queries, k, length, 0) if needs.attn == "window" else None
+  return dataclasses.replace(context, attn=attn, queries=queries.swapaxes(1, 2))
+
+
+def _attention(
+  queries: jax.Array, k: jax.Array, length: jax.Array, from_end: int | jax.Array
+) -> jax.Array:
+  """float32[B, N, W, S]: causal softmax of queries [B, W, N, H] over k [B, K, S, H].
+
+  The last query is that of position length - 1 - from_end. Rows before the first token are 0.
+  """
+  b, window, n, h = queries.shape
+  kv_heads, slots = k.shape[1:3]
+  q = queries.reshape(b, window, kv_heads, n // kv_heads, h)
+  logits = jnp.einsum("bwkrh,bksh->bkrws", q, k.astype(jnp.float32)) * h**-0.5
+  at = (length - from_end)[:, None] - window + jnp.arange(window)  # [B, W]
+  seen = (jnp.arange(slots) <= at[..., None])[:, None, None]
+  p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
+  return jnp.where(seen, p, 0.0).reshape(b, n, window, slots)
+
+
+def _mass(queries: jax.Array, k: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Attention that each slot got from all queries [B, W, N, H], W >= length: mass and visits."""
+  b, window, n, _ = queries.shape
+  kv_heads, slots = k.shape[1:3]
+  rows = max(1, min(window, _CHUNK // (b * n * slots)))
+  padded = jnp.pad(queries, ((0, 0), (-window % rows, 0), (0, 0), (0, 0)))
+  steps = padded.shape[1] // rows
+
+  def step(i: jax.Array, mass: jax.Array) -> jax.Array:
+    part = jax.lax.dynamic_slice_in_dim(padded, i * rows, rows, axis=1)
+    p = _attention(part, k, length, (steps - 1 - i) * rows).sum(axis=2)
+    return mass + p.reshape(b, kv_heads, n // kv_heads, slots).mean(axis=2)
+
+  mass = jax.lax.fori_loop(0, steps, step, jnp.zeros((b, kv_heads, slots)))
+  visits = (length[:, None] - jnp.arange(slots)).clip(0).astype(jnp.float32)
+  return mass, visits
+
+
+def pack(
+  cache: Cache, keep: jax.Array, length: jax.Array, block_ids: jax.Array, paged: Paged, kv: KVConfig
+) -> Paged:
+  """Fills an empty compressed cache: sinks and ring, and what `keep` says of the rest in blocks.
+
+  Args:
+    cache: dense [L, B, K, S, H].
+    keep: bool[L, B, S] from `decide`.
+    block_ids: int32[L, B, P], where the blocks go, in order; 0 behind the last. ceil(kept / bs) of
+      each (layer, row), or in mask mode ceil(spilled / bs).
+    paged: its pool is written to in these blocks alone; its table and dense part are replaced.
+  """
+  k, v = (rotate(c) for c in cache) if kv.rotate else cache
+  layers, b, kv_heads, slots, h = k.shape
+  bs, width = kv.block_size, block_ids.shape[2]
+  pos = jnp.arange(slots, dtype=jnp.int32)
+  behind = pos - kv.protect.sink
+  leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
+  stays = jnp.broadcast_to(leaves, keep.shape) if kv.mask else keep
+
+  # The tokens that stay, in their order, come first: [L, B, P * bs].
+  order = jnp.argsort(~stays, axis=-1, stable=True)
+  order = jnp.pad(order, ((0, 0), (0, 0), (0, max(0, width * bs - slots))))[..., : width * bs]
+  count = stays.sum(-1, keepdims=True)
+  hidden = jnp.take_along_axis(stays & ~keep, order, axis=-1)
+  slot_pos = jnp.where(hidden, -2 - order, order)
+  slot_pos = jnp.where(jnp.arange(width * bs) < count, slot_pos, -1).astype(jnp.int32)
+
+  flat = block_ids.reshape(-1)
+
+  def fill(pages: Pages, dense: jax.Array) -> Pages:
+    # A layer at a time, so that no float copy of all layers exists.
+    def one(i: int, pages: Pages) -> Pages:
+      x = jnp.take_along_axis(dense[i], order[i][:, None, :, None], axis=2)  # [B, K, P * bs, H]
+      x = x.reshape(b, kv_heads, width, bs, h).swapaxes(1, 2)
+      return kv_pages.write(pages, block_ids[i].reshape(-1), x.reshape(-1, kv_heads, bs, h))
+
+    for i in range(layers):
+      pages = one(i, pages)
+    return pages
+
+  past = paged.slot_pos.shape[0]
+  return dataclasses.replace(
+    paged,
+    k=_dense_part(k, length, kv).astype(paged.k.dtype),
+    v=_dense_part(v, length, kv).astype(paged.v.dtype),
+    key_pages=fill(paged.key_pages, k),
+    value_pages=fill(paged.value_pages, v),
+    slot_pos=paged.slot_pos.at[jnp.where(flat > 0, flat, past)].set(
+      slot_pos.reshape(-1, bs), mode="drop"
+    ),
+    block_table=block_ids,
+    num_blocks=(block_ids > 0).sum(-1, dtype=jnp.int32),
+  )
+
+
+def _dense_part(x: jax.Array, length: jax.Array, kv: KVConfig) -> jax.Array:
+  """[L, B, K, D, H]: sinks and ring of a prompt's dense keys or values [L, B, K, S, H]."""
+  slots = x.shape[3]
+  sink, ring = kv.protect.sink, kv.protect.recent + kv.block_size
+  newest = (length - 1 - sink)[:, None]
+  slot = jnp.arange(ring)
+  came = sink + newest - (newest - slot) % ring  # the last position that the slot was given to
+  at = jnp.concatenate([jnp.broadcast_to(jnp.arange(sink), (len(length), sink)), came], axis=1)
+  return jnp.take_along_axis(x, at.clip(0, slots - 1)[None, :, None, :, None], axis=3)

@@ -1,0 +1,69 @@
+"""How the KV cache is compressed: the one description that engine, flags and experiments share."""
+
+from dataclasses import dataclass, field
+
+from q4jax.config import LlamaConfig
+from q4jax.errors import ConfigError
+from q4jax.kv.policy import Policy
+from q4jax.kv.protect import Protect
+from q4jax.kv.select import Select, UnionRank
+from q4jax_kernels.kv_format import KVFormat
+
+FLOAT16 = KVFormat(16)
+
+
+@dataclass(frozen=True)
+class KVConfig:
+  """Storage and eviction, each of which may be left out.
+
+  Attributes:
+    key, value: how tokens that have left the recent window are stored; float16 keeps them as they
+      are.
+    rotate: whether heads are rotated (Hadamard) before they are stored.
+    policy: scores the prompt's tokens at the end of prefill; None evicts nothing.
+    select: turns scores into the tokens that stay.
+    protect: the first tokens and the newest, which always stay, in floats.
+    mask: hide evicted tokens instead of removing them: the same output, nothing freed.
+    block_size: tokens of a kv block.
+  """
+
+  key: KVFormat = FLOAT16
+  value: KVFormat = FLOAT16
+  rotate: bool = False
+  policy: Policy | None = None
+  select: Select = field(default_factory=UnionRank)
+  protect: Protect = field(default_factory=Protect)
+  mask: bool = False
+  block_size: int = 32
+
+  def check(self, config: LlamaConfig) -> None:
+    """ConfigError unless a model of these dimensions can have such a cache."""
+    if self.block_size < 16 or self.block_size % 16 or self.block_size > 256:
+      raise ConfigError(f"block_size is {self.block_size}; expected 16 to 256, a multiple of 16.")
+    for name, format in (("keys", self.key), ("values", self.value)):
+      try:
+        format.groups(config.head_dim)
+      except ValueError as error:
+        raise ConfigError(
+          f"{name} cannot be stored so: {error} Choose a group size that divides the model's "
+          f"head_dim of {config.head_dim}."
+        ) from error
+    if self.policy is not None and self.select.amounts and not self.policy.nonnegative:
+      raise ConfigError(
+        f"{type(self.select).__name__} needs scores of 0 or more, and {type(self.policy).__name__} "
+        "does not promise them. Choose UnionRank, TopK, MedianStd or Quantile."
+      )
+
+  @property
+  def window(self) -> int:
+    """Queries that prefill must remember for the policy; 0 if none, -1 for all of them."""
+    if self.policy is None:
+      return 0
+    needs = self.policy.needs
+    if needs.attn == "cumulative":
+      return -1
+    return needs.window if needs.attn == "window" or needs.queries else 0
+
+  def bits_per_value(self, head_dim: int) -> float:
+    """Mean bits of a number in the blocks, its part of scales and minimums counted."""
+    return (self.key.bits_per_value(head_dim) + self.value.bits_per_value(head_dim)) / 2

@@ -1,0 +1,86 @@
+"""The caches that a Llama can run over, and how attention works on each."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from q4jax_kernels.attention import Cache, cached_attention
+from q4jax_kernels.hadamard import rotate
+from q4jax_kernels.paged_attention import Paged, decode_attention
+
+
+class Span(NamedTuple):
+  """Where the tokens of a cached call lie.
+
+  Attributes:
+    start: int32[B], position of each row's first token, which is also the number of tokens before.
+    length: int32[B], how many of the row's tokens are real; the rest is padding.
+  """
+
+  start: jax.Array
+  length: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recording:
+  """A dense cache that also remembers the last queries, which eviction policies score by.
+
+  Attributes:
+    cache: keys and values of all layers.
+    queries: float32[L, B, W, N, H], RoPE applied, the newest last; 0 where there is none.
+  """
+
+  cache: Cache
+  queries: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Compressed:
+  """A compressed cache; it takes one token a call.
+
+  Attributes:
+    paged: what is stored, rotated if `rotated`.
+    spilled: int32[B], tokens that have left the rings.
+    rotated: whether heads are rotated before they are stored (static).
+  """
+
+  paged: Paged
+  spilled: jax.Array
+  rotated: bool = dataclasses.field(metadata={"static": True})
+
+
+KVCache = Cache | Recording | Compressed
+
+
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, span: Span, layer: int
+) -> tuple[jax.Array, KVCache]:
+  """Appends k and v [B, T, K, H] to one layer of the cache and attends with q [B, T, N, H] to it.
+
+  Returns float32[B, T, N, H], zero where a token is padding, and the updated cache.
+  """
+  if isinstance(cache, Recording):
+    out, dense = cached_attention(q, k, v, cache.cache, span.start, span.length, layer)
+    return out, Recording(dense, _remember(cache.queries, q, span.length, layer))
+  if isinstance(cache, Compressed):
+    if cache.rotated:
+      q, k, v = rotate(q), rotate(k), rotate(v)
+    active = span.length > 0
+    out, paged, _ = decode_attention(
+      q, k, v, cache.paged, span.start, cache.spilled, active, layer, scores=False
+    )
+    return rotate(out) if cache.rotated else out, dataclasses.replace(cache, paged=paged)
+  return cached_attention(q, k, v, cache, span.start, span.length, layer)
+
+
+def _remember(queries: jax.Array, q: jax.Array, length: jax.Array, layer: int) -> jax.Array:
+  """The queries of one layer moved on by `length` tokens a row."""
+  window = queries.shape[2]
+  both = jnp.concatenate([queries[layer], q.astype(jnp.float32)], axis=1)  # [B, W + T, N, H]
+  last = jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, window))(both, length)
+  return queries.at[layer].set(last)
