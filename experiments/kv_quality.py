@@ -1,8 +1,8 @@
 r"""The KV cache's quality table: perplexity, KL and agreement against bytes, store by store and
 policy by policy.
 
-  python -m experiments.kv_quality --model=tiny --text=book.txt --rows=int8,int4r,keep60,int4r+keep60 \
-    --out=experiments/results/kv_quality.json
+  python -m experiments.kv_quality --model=tiny --text=book.txt \
+    --rows=int8,int4r,keep60,int4r+keep60 --out=experiments/results/kv_quality.json
 
 The text is cut into sequences; each is read to its middle densely, compressed, and stepped through
 token by token (q4jax/kv/quality.py). Rows are joined of parts by "+":

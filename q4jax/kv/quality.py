@@ -1,8 +1,8 @@
 """What a compressed cache costs: a text read token by token through it, beside the dense cache.
 
-A teacher-forced pass over the whole text would hide the loss, for its attention never sees what the
-cache has become. So the prompt is read densely, compressed, and every further token is a decode
-step of its own, exactly as when generating; the dense cache decodes the same token in the same step.
+A teacher-forced pass over the whole text would hide the loss, for its attention never sees what
+the cache has become. So the prompt is read densely, compressed, and every further token is a decode
+step of its own, as when generating; the dense cache decodes the same token in the same step.
 """
 
 import math
@@ -72,9 +72,8 @@ def stepped_quality(
   programs = _PROGRAMS.setdefault(model, _Programs(model))
   window = total if kv.window < 0 else kv.window
   slots = -(-total // 64) * 64
-  dense, queries = programs.prefill(
-    model.leaves, jnp.asarray(tokens[:, :prompt]), slots, window, kv_dtype
-  )
+  prompts = jnp.asarray(tokens[:, :prompt])
+  dense, queries = programs.prefill(model.leaves, prompts, slots, window, kv_dtype)
   length = np.full(batch, prompt)
   compressed = CompressedKV(
     kv, model.config, dense, queries, length, np.full(batch, total - prompt)
