@@ -81,7 +81,6 @@ _KV_NAMES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 def _record(engine: "Engine", result: "Result") -> dict[str, Any]:
   import jax
-  import jax.numpy as jnp
 
   from q4jax import __version__
   from q4jax.cli.speed import rss_bytes
@@ -99,8 +98,9 @@ def _record(engine: "Engine", result: "Result") -> dict[str, Any]:
     "model_n_params": model.num_params,
     "n_threads": cpus.count(),
     "n_ubatch": engine.prefill_chunk,
-    "type_k": _KV_NAMES[jnp.dtype(engine.kv_dtype).name],
-    "type_v": _KV_NAMES[jnp.dtype(engine.kv_dtype).name],
+    "type_k": _kv_name(engine, "key"),
+    "type_v": _kv_name(engine, "value"),
+    "kv": None if engine.kv is None else repr(engine.kv),
     "n_prompt": result.test.n_prompt,
     "n_gen": result.test.n_gen,
     "n_depth": result.test.n_depth,
@@ -115,6 +115,19 @@ def _record(engine: "Engine", result: "Result") -> dict[str, Any]:
     "rss_bytes": rss_bytes(),
     "peak_rss_bytes": rss_bytes(peak=True),
   }
+
+
+def _kv_name(engine: "Engine", side: str) -> str:
+  """ "f16", or "int4" where so compressed, with the share of tokens that stays: "int4@0.6"."""
+  import jax.numpy as jnp
+
+  name, kv = _KV_NAMES[jnp.dtype(engine.kv_dtype).name], engine.kv
+  if kv is None:
+    return name
+  format = getattr(kv, side)
+  name = f"f{format.bits}" if format.is_float else f"int{format.bits}"
+  keep = getattr(kv.select, "keep", None)
+  return name if kv.policy is None else f"{name}@{keep or type(kv.select).__name__}"
 
 
 def _model_type(model: "Model") -> str:

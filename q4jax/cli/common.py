@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from q4jax.cli import cpus
+from q4jax.cli import cpus, kv
 from q4jax.errors import ConfigError
 
 if TYPE_CHECKING:  # The model brings JAX, which only a command that runs should wait for.
@@ -57,6 +57,7 @@ def define_engine(flags: absl_flags.FlagValues) -> None:
     "Type of the KV cache; f16 on a CPU and bf16 elsewhere, if not given.",
     flag_values=flags,
   )
+  kv.define(flags)
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -129,7 +130,7 @@ def make_engine(model: "Model", flags: absl_flags.FlagValues) -> "Engine":
   """An engine with the model and the flags of `define_engine`."""
   from q4jax.engine import Engine
 
-  return Engine(model, max_context=flags.max_context, kv_dtype=flags.kv_dtype)
+  return Engine(model, max_context=flags.max_context, kv_dtype=flags.kv_dtype, kv=kv.config(flags))
 
 
 def watched(flags: absl_flags.FlagValues) -> bool:

@@ -20,6 +20,7 @@ from q4jax.engine.engine import Engine
 from q4jax.engine.programs import Programs, State, new_state
 from q4jax.engine.sampling import SamplingArrays, SamplingParams
 from q4jax.errors import ConfigError
+from q4jax.model.caches import Compressed
 
 _NO_STOP = np.full(8, -1, np.int32)
 
@@ -116,10 +117,15 @@ class _Runner:
   def at_depth(self, test: Test) -> State:
     """A state with the test's n_depth tokens in a cache that has room for the rest."""
     slots = max(256, 1 << (test.context - 1).bit_length())
-    state = new_state(self._engine.model.config, test.n_batch, slots, self._engine.kv_dtype)
+    kv = self._engine.kv
+    # A compressed cache begins with a prompt, of one token at least.
+    depth = test.n_depth if kv is None else max(test.n_depth, 1)
+    window = 0 if kv is None else slots if kv.window < 0 else kv.window
+    config = self._engine.model.config
+    state = new_state(config, test.n_batch, slots, self._engine.kv_dtype, window)
     state = jax.device_put(state, self._device)
-    if test.n_depth:
-      state, _ = self._prefill(state, test.n_depth)
+    if depth:
+      state, _ = self._prefill(state, depth)
     return state
 
   def prompt(self, test: Test, state: State) -> tuple[float, State]:
@@ -129,6 +135,9 @@ class _Runner:
     state, hidden = self._prefill(state, test.n_prompt)
     limit = jnp.ones(test.n_batch, jnp.int32)
     params = _greedy(test.n_batch)
+    if self._engine.kv is not None:
+      lengths = np.full(test.n_batch, test.n_depth + test.n_prompt)
+      jax.block_until_ready(self._engine.compress(state, lengths, lengths * 0).state)
     state, output = self._programs.first(self._leaves, state, hidden, params, limit, _NO_STOP)
     np.asarray(output.token)
     return time.perf_counter() - begin, state
@@ -137,15 +146,28 @@ class _Runner:
     """Seconds of n_gen decode steps, each token read while the next step runs."""
     state = self._rewind(state, test.n_depth, test.n_gen)
     params = _greedy(test.n_batch)
+    compressed, dense = None, state.cache
+    if self._engine.kv is not None:
+      lengths = np.full(test.n_batch, max(test.n_depth, 1))
+      state = self._rewind(state, max(test.n_depth, 1), test.n_gen)
+      compressed = self._engine.compress(state, lengths, np.full(test.n_batch, test.n_gen))
+      state = jax.block_until_ready(replace(state, cache=compressed.state))
+    running = np.ones(test.n_batch, bool)
     begin = time.perf_counter()
     before = None
     for _ in range(test.n_gen):
+      if compressed is not None:
+        assert isinstance(state.cache, Compressed)
+        cache = compressed.before_step(state.cache, state.length, running)
+        state = replace(state, cache=cache)
       state, output = self._programs.decode(self._leaves, state, params, _NO_STOP)
       if before is not None:
         np.asarray(before.token)
       before = output
     np.asarray(output.token)
-    return time.perf_counter() - begin, state
+    took = time.perf_counter() - begin
+    # The dense cache was only read: the next repetition begins from it.
+    return took, state if compressed is None else replace(state, cache=dense)
 
   def _prefill(self, state: State, count: int) -> tuple[State, jax.Array]:
     config, chunk = self._engine.model.config, self._engine.prefill_chunk

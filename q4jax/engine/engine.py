@@ -270,7 +270,7 @@ class Engine:
     compressed = None
     if self.kv is not None:
       room = np.array(limits + [0] * (batch - len(ids)))
-      compressed = self._compress(self.kv, state, np.array(lengths), room)
+      compressed = self.compress(state, np.array(lengths), room)
       state = replace(state, cache=compressed.state)
     state, output = programs.first(leaves, state, hidden, arrays, limit, stop_ids)
     output.token.block_until_ready()
@@ -329,14 +329,14 @@ class Engine:
       state, hidden = programs.prefill(self.model.leaves, state, tokens, count, hidden)
     return state, hidden
 
-  def _compress(
-    self, kv: KVConfig, state: State, lengths: np.ndarray, room: np.ndarray
-  ) -> CompressedKV:
+  def compress(self, state: State, lengths: np.ndarray, room: np.ndarray) -> CompressedKV:
+    """What a prefilled state holds, compressed as `kv` says; `room` tokens a row are to come."""
+    assert self.kv is not None
     cache, queries = state.cache, None
     if isinstance(cache, Recording):
       queries, cache = cache.queries, cache.cache
     assert isinstance(cache, tuple)
-    return CompressedKV(kv, self.model.config, cache, queries, lengths, room)
+    return CompressedKV(self.kv, self.model.config, cache, queries, lengths, room)
 
   def _chunk(
     self,
