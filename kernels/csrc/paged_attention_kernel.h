@@ -13,10 +13,21 @@ namespace {
 using q4::PagedAttention;
 using q4::PagedPart;
 
-// v rounded to signed bytes, v ~ scale * byte; returns the scale. Blocks of 16.
+// v rounded to signed bytes, v ~ scale * byte; returns the scale.
 inline float RoundToBytes(const float* v, int64_t n, int8_t* out) {
-  float largest = 0.0f;
-  for (int64_t i = 0; i < n; i++) largest = __builtin_fabsf(v[i]) > largest ? __builtin_fabsf(v[i]) : largest;
+  float lanes[16] = {0};
+  if (n % 16 == 0) {
+    F most = Simd::Zero();
+    for (int64_t i = 0; i < n; i += 16) {
+      const F x = Simd::Load(v + i);
+      most = Simd::Max(Simd::Max(x, Simd::Mul(x, Simd::Set(-1.0f))), most);
+    }
+    Simd::Store(lanes, most);
+  } else {
+    for (int64_t i = 0; i < n; i++) lanes[i % 16] = __builtin_fmaxf(__builtin_fabsf(v[i]), lanes[i % 16]);
+  }
+  float largest = lanes[0];
+  for (int j = 1; j < 16; j++) largest = lanes[j] > largest ? lanes[j] : largest;
   const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
   for (int64_t i = 0; i < n; i++) {
     const float shifted = v[i] * inverse + 12582912.0f;  // As in Quantize.
@@ -123,13 +134,16 @@ Q4_INLINE void ValueBlock(const PagedAttention& a, int64_t block, const float* c
       if (a.value.minimum) Simd::Store(minimums + s, Simd::LoadHalf(a.value.minimum + at + s));
     }
     for (int r = 0; r < R; r++) {
-      // What a dead slot holds has no weight, be it NaN.
-      float scaled[q4::kMaxBlockSize], lanes[16] = {0};
-      for (int64_t s = 0; s < slots; s++) scaled[s] = p[r][s] > 0.0f ? p[r][s] * scales[s] : 0.0f;
-      if (a.value.minimum)
-        for (int64_t s = 0; s < slots; s += 16)
-          for (int j = 0; j < 16; j++) lanes[j] += p[r][s + j] > 0.0f ? p[r][s + j] * minimums[s + j] : 0.0f;
-      low[r] = -Simd::Sum(Simd::Load(lanes));
+      // What a dead slot holds may be NaN, of which Max takes the other side; its weight is 0.
+      float scaled[q4::kMaxBlockSize];
+      F sum = Simd::Zero();
+      for (int64_t s = 0; s < slots; s += 16) {
+        const F weight = Simd::Load(p[r] + s);
+        Simd::Store(scaled + s, Simd::Max(Simd::Mul(weight, Simd::Load(scales + s)), Simd::Zero()));
+        if (a.value.minimum)
+          sum = Simd::Fma(weight, Simd::Max(Simd::Load(minimums + s), Simd::Set(-65504.0f)), sum);
+      }
+      low[r] = -Simd::Sum(sum);
       scale[r] = RoundToBytes(scaled, slots, weights[r]);
       start[r] = Simd::ISet(offset ? -offset * SumBytes(weights[r], slots) : 0);
     }
