@@ -45,23 +45,30 @@ inline int32_t SumBytes(const int8_t* v, int64_t n) {
 }
 
 // dot[r] += codes of `steps` words times x[r] + 4 * step, for R rows; `high` takes the upper nibbles.
-template <int bits, int R>
-Q4_INLINE void DotWords(const uint8_t* words, int64_t steps, bool high, const int8_t* const* x, I* dot) {
-  constexpr int kPlanes = Simd::kPlanes<bits>, kChain = Simd::kChain<bits>;
-  for (int64_t first = 0; first < steps; first += kChain) {
-    const int64_t end = first + kChain < steps ? first + kChain : steps;
-    Unroll<kPlanes>([&](auto plane) Q4_LAMBDA {
-      I sum[R];
-      Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Begin(dot[r]); });
-      for (int64_t s = first; s < end; s++) {
-        I codes = Simd::ILoad(words + 64 * s);
-        if (bits == 4) codes = Nibble(codes, high);
-        codes = Simd::template Plane<bits, plane.value>(codes);
-        Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Dot(sum[r], codes, Load4(x[r] + 4 * s)); });
-      }
-      Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum[r]); });
-    });
-  }
+template <int bits, int R, bool high>
+Q4_INLINE void DotChain(const uint8_t* words, int first, int end, const int8_t* const* x, I* dot) {
+  Unroll<Simd::kPlanes<bits>>([&](auto plane) Q4_LAMBDA {
+    I sum[R];
+    Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Begin(dot[r]); });
+#pragma GCC unroll 8
+    for (int s = first; s < end; s++) {
+      I codes = Simd::ILoad(words + 64 * s);
+      if (bits == 4) codes = Nibble(codes, high);
+      codes = Simd::template Plane<bits, plane.value>(codes);
+      Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Dot(sum[r], codes, Load4(x[r] + 4 * s)); });
+    }
+    Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum[r]); });
+  });
+}
+
+template <int bits, int R, bool high>
+Q4_INLINE void DotWords(const uint8_t* words, int64_t steps, const int8_t* const* x, I* dot) {
+  constexpr int kChain = Simd::kChain<bits>;
+  // The usual lengths, of groups and blocks of 32, as straight code.
+  if (steps == 8 && kChain >= 8) return DotChain<bits, R, high>(words, 0, 8, x, dot);
+  if (steps == 4) return DotChain<bits, R, high>(words, 0, 4, x, dot);
+  for (int64_t first = 0; first < steps; first += kChain)
+    DotChain<bits, R, high>(words, first, first + kChain < steps ? first + kChain : steps, x, dot);
 }
 
 // q of one head group, rounded by the groups of the keys.
@@ -103,7 +110,8 @@ Q4_INLINE void KeyTile(const PagedAttention& a, int64_t block, int64_t s, const 
       const int64_t word = high ? chunk - words : chunk, steps = left < words - word ? left : words - word;
       const int8_t* x[R];
       for (int r = 0; r < R; r++) x[r] = q.q[r] + 4 * chunk;
-      DotWords<bits, R>(codes + 64 * word, steps, high, x, dot);
+      if (high) DotWords<bits, R, true>(codes + 64 * word, steps, x, dot);
+      else DotWords<bits, R, false>(codes + 64 * word, steps, x, dot);
       chunk += steps, left -= steps;
     }
     const int64_t at = (tile * groups + g) * 16;
@@ -152,10 +160,10 @@ Q4_INLINE void ValueBlock(const PagedAttention& a, int64_t block, const float* c
       I dot[R];
       const int8_t* x[R];
       for (int r = 0; r < R; r++) dot[r] = start[r], x[r] = weights[r];
-      DotWords<bits, R>(codes, words, false, x, dot);
+      DotWords<bits, R, false>(codes, words, x, dot);
       if (bits == 4) {
         for (int r = 0; r < R; r++) x[r] += slots / 2;
-        DotWords<bits, R>(codes, words, true, x, dot);
+        DotWords<bits, R, true>(codes, words, x, dot);
       }
       float sums[16];
       for (int r = 0; r < R; r++) {
@@ -170,6 +178,14 @@ Q4_INLINE void ValueBlock(const PagedAttention& a, int64_t block, const float* c
       }
     }
   }
+}
+
+// logits[r * stride + slot] of float keys [slots, H].
+template <bool half, int R>
+void FloatLogits(const PagedAttention& a, const float* q, const void* keys, int64_t slots, float* logits, int64_t stride) {
+  q4::Attention floats{};
+  floats.D = a.H, floats.scale = a.scale;
+  Logits<half, R>(floats, q, keys, slots, logits, stride);
 }
 
 // out[r][0 .. H - 1] += sum over the slots of p[r][slot] * v[slot]; pos, where given, says which live.
@@ -187,37 +203,6 @@ void AddValues(const void* v, int64_t H, int64_t slots, const float* const* p, c
   }
 }
 
-// logits -> exp(logit - largest), in place; returns their sum. `n` is a multiple of 16.
-inline float ExpAll(float* logits, int64_t n, float largest) {
-  float lanes[16] = {0};
-  for (int64_t i = 0; i < n; i += 16) {
-    for (int64_t j = 0; j < 16; j++) {  // Exp, without its early exit, so that it becomes vectors.
-      float x = logits[i + j] - largest;
-      const float floor = x < -87.0f ? 0.0f : 1.0f;
-      x = x < -87.0f ? -87.0f : x;
-      const float shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
-      float r = x - n * 0.693359375f;
-      r -= n * -2.12194440e-4f;
-      float e = 1.9875691500e-4f;
-      e = e * r + 1.3981999507e-3f;
-      e = e * r + 8.3334519073e-3f;
-      e = e * r + 4.1665795894e-2f;
-      e = e * r + 1.6666665459e-1f;
-      e = e * r + 5.0000001201e-1f;
-      e = e * r * r + r + 1.0f;
-      int32_t bits;
-      __builtin_memcpy(&bits, &shifted, 4);
-      bits = (bits - 0x4B400000 + 127) << 23;
-      float scale;
-      __builtin_memcpy(&scale, &bits, 4);
-      e = e * scale * floor;
-      logits[i + j] = e;
-      lanes[j] += e;
-    }
-  }
-  return Simd::Sum(Simd::Load(lanes));
-}
-
 // Where the dense tokens lie: runs of slots, the sinks and then the ring from its oldest.
 struct DenseRuns {
   int64_t begin[3], count[3];
@@ -229,32 +214,27 @@ inline DenseRuns RunsOf(const PagedAttention& a, int64_t tokens, int64_t gone) {
   return {{0, a.sink + first, a.sink}, {sinks, before_end, left - before_end}};
 }
 
-template <bool half, int bits_k, int bits_v, int R>
-void PagedHeads(const PagedAttention& a, int64_t b, int64_t h, int64_t n0, float* scratch) {
-  const int64_t bytes = half ? 2 : 4, slots = a.block_size, blocks = a.num_blocks[b];
-  const int64_t dense = (b * a.K + h) * a.D * a.H * bytes, stride = a.P * slots + a.D + 16;
-  const int32_t* table = a.table + b * a.P;
-  const float* q = a.q + (b * a.N + n0) * a.H;
-  float *logits[R], *out[R];
-  for (int r = 0; r < R; r++) logits[r] = scratch + r * stride, out[r] = a.out + (b * a.N + n0 + r) * a.H;
-
-  // Keys. Dead slots get no weight; sixteen dead ones are not read.
+// logits[r][i * block_size + slot] of R query heads and KV head h. Dead slots get -3e38, and sixteen
+// dead ones are not read.
+template <int bits, int R>
+void KeyLogits(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, const float* q, float* logits,
+               int64_t stride) {
+  const int64_t slots = a.block_size;
   RoundedQ<R> rounded;
-  if (bits_k < 16) RoundQ<R>(a, q, rounded);
-  const ::q4::Attention floats{q, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, a.H, a.scale};
+  if (bits < 16) RoundQ<R>(a, q, rounded);
   for (int64_t i = 0; i < blocks; i++) {
     const int32_t* pos = a.slot_pos + table[i] * slots;
     const int64_t block = table[i] * a.K + h;
     for (int64_t s = 0; s < slots; s += 16) {
       float* to[R];
-      for (int r = 0; r < R; r++) to[r] = logits[r] + i * slots + s;
+      for (int r = 0; r < R; r++) to[r] = logits + r * stride + i * slots + s;
       bool any = false, all = true;
       for (int64_t j = 0; j < 16; j++) any |= pos[s + j] >= 0, all &= pos[s + j] >= 0;
       if (any) {
-        if constexpr (bits_k < 16) {
-          KeyTile<bits_k, R>(a, block, s / 16, rounded, to);
+        if constexpr (bits < 16) {
+          KeyTile<bits, R>(a, block, s / 16, rounded, to);
         } else {
-          Logits<bits_k == 16, R>(floats, q, a.key.codes + (block * slots + s) * a.H * (bits_k / 8), 16, to[0], stride);
+          FloatLogits<bits == 16, R>(a, q, a.key.codes + (block * slots + s) * a.H * (bits / 8), 16, to[0], stride);
         }
       }
       if (!all)
@@ -262,99 +242,95 @@ void PagedHeads(const PagedAttention& a, int64_t b, int64_t h, int64_t n0, float
           for (int64_t j = 0; j < 16; j++) to[r][j] = pos[s + j] >= 0 ? to[r][j] : -3e38f;
     }
   }
-  const DenseRuns runs = RunsOf(a, a.length[b], a.spilled[b]);
-  int64_t count = blocks * slots;
-  for (int i = 0; i < 3; i++) {
-    if (runs.count[i] > 0)
-      Logits<half, R>(floats, q, (const uint8_t*)a.k + dense + runs.begin[i] * a.H * bytes, runs.count[i], logits[0] + count, stride);
-    count += runs.count[i];
-  }
+}
 
-  // Softmax.
-  const int64_t padded = (count + 15) / 16 * 16;
-  float inverse[R];
-  for (int r = 0; r < R; r++) {
-    for (int64_t i = count; i < padded; i++) logits[r][i] = -3e38f;
-    float lanes[16];
-    for (int j = 0; j < 16; j++) lanes[j] = -3e38f;
-    for (int64_t i = 0; i < padded; i += 16)
-      for (int j = 0; j < 16; j++) lanes[j] = logits[r][i + j] > lanes[j] ? logits[r][i + j] : lanes[j];
-    float largest = lanes[0];
-    for (int j = 1; j < 16; j++) largest = lanes[j] > largest ? lanes[j] : largest;
-    inverse[r] = 1.0f / ExpAll(logits[r], padded, largest);
-    for (int64_t i = 0; i < a.H; i++) out[r][i] = 0.0f;
-  }
-
-  // Values.
+// out[r] += the blocks' values, weighted by p[r * stride + i * block_size + slot].
+template <int bits, int R>
+void MixBlocks(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, const float* p, int64_t stride,
+               float* const* out) {
+  const int64_t slots = a.block_size;
   for (int64_t i = 0; i < blocks; i++) {
     const int32_t* pos = a.slot_pos + table[i] * slots;
     bool any = false;
     for (int64_t j = 0; j < slots; j++) any |= pos[j] >= 0;
     if (!any) continue;
     const int64_t block = table[i] * a.K + h;
-    const float* p[R];
-    for (int r = 0; r < R; r++) p[r] = logits[r] + i * slots;
-    if constexpr (bits_v < 16) {
-      ValueBlock<bits_v, R>(a, block, p, out);
+    const float* weights[R];
+    for (int r = 0; r < R; r++) weights[r] = p + r * stride + i * slots;
+    if constexpr (bits < 16) {
+      ValueBlock<bits, R>(a, block, weights, out);
     } else {
-      AddValues<bits_v == 16, R>(a.value.codes + block * slots * a.H * (bits_v / 8), a.H, slots, p, pos, out);
+      AddValues<bits == 16, R>(a.value.codes + block * slots * a.H * (bits / 8), a.H, slots, weights, pos, out);
     }
   }
-  count = blocks * slots;
-  for (int i = 0; i < 3; i++) {
-    const float* p[R];
-    for (int r = 0; r < R; r++) p[r] = logits[r] + count;
-    if (runs.count[i] > 0)
-      AddValues<half, R>((const uint8_t*)a.v + dense + runs.begin[i] * a.H * bytes, a.H, runs.count[i], p, nullptr, out);
-    count += runs.count[i];
+}
+
+// body(Int<bits>()) for the bits of a format.
+template <class Body>
+void WithBits(int64_t bits, const Body& body) {
+  switch (bits) {
+    case 4: return body(Int<4>());
+    case 8: return body(Int<8>());
+    case 16: return body(Int<16>());
+    default: return body(Int<32>());
   }
+}
+
+template <int R>
+void PagedHeads(const PagedAttention& a, int64_t b, int64_t h, int64_t n0, float* scratch) {
+  const int64_t slots = a.block_size, blocks = a.num_blocks[b], stride = a.P * slots + a.D + 16;
+  const int64_t dense = (b * a.K + h) * a.D * a.H * (a.half ? 2 : 4), dense_row = a.H * (a.half ? 2 : 4);
+  const int32_t* table = a.table + b * a.P;
+  const float* q = a.q + (b * a.N + n0) * a.H;
+  float* out[R];
+  for (int r = 0; r < R; r++) out[r] = a.out + (b * a.N + n0 + r) * a.H;
+  // body(Int<half>(), first dense slot, slots, index of the first in the scratch) for each run.
+  const DenseRuns runs = RunsOf(a, a.length[b], a.spilled[b]);
+  const auto for_runs = [&](const auto& body) {
+    int64_t at = blocks * slots;
+    for (int i = 0; i < 3; at += runs.count[i++])
+      if (runs.count[i] > 0) a.half ? body(Int<1>(), i, at) : body(Int<0>(), i, at);
+    return at;
+  };
+
+  WithBits(a.key.bits, [&](auto bits) { KeyLogits<bits.value, R>(a, table, blocks, h, q, scratch, stride); });
+  const int64_t count = for_runs([&](auto half, int i, int64_t at) {
+    const uint8_t* keys = (const uint8_t*)a.k + dense + runs.begin[i] * dense_row;
+    FloatLogits<half.value, R>(a, q, keys, runs.count[i], scratch + at, stride);
+  });
+  float inverse[R];
+  for (int r = 0; r < R; r++) {
+    inverse[r] = Softmax(scratch + r * stride, count);
+    for (int64_t i = 0; i < a.H; i++) out[r][i] = 0.0f;
+  }
+  WithBits(a.value.bits, [&](auto bits) { MixBlocks<bits.value, R>(a, table, blocks, h, scratch, stride, out); });
+  for_runs([&](auto half, int i, int64_t at) {
+    const float* p[R];
+    for (int r = 0; r < R; r++) p[r] = scratch + r * stride + at;
+    const uint8_t* values = (const uint8_t*)a.v + dense + runs.begin[i] * dense_row;
+    AddValues<half.value, R>(values, a.H, runs.count[i], p, nullptr, out);
+  });
   for (int r = 0; r < R; r++)
     for (int64_t i = 0; i < a.H; i++) out[r][i] *= inverse[r];
 
   if (!a.mass) return;
   // The share of each slot, summed over the heads of the group so far: blocks, then the dense slots.
-  const float share = (float)a.K / a.N;
   float* mass = a.mass + (b * a.K + h) * a.P * slots;
   float* dense_mass = a.dense_mass + (b * a.K + h) * a.D;
   for (int r = 0; r < R; r++) {
-    const float weight = inverse[r] * share;
-    for (int64_t i = 0; i < blocks * slots; i++) mass[i] += weight * logits[r][i];
-    const float* p = logits[r] + blocks * slots;
+    const float weight = inverse[r] * (float)a.K / a.N, *p = scratch + r * stride;
+    for (int64_t i = 0; i < blocks * slots; i++) mass[i] += weight * *p++;
     for (int i = 0; i < 3; i++)
       for (int64_t j = 0; j < runs.count[i]; j++) dense_mass[runs.begin[i] + j] += weight * *p++;
   }
 }
 
-template <bool half, int bits_k, int bits_v>
-void PagedHead(const PagedAttention& a, int64_t b, int64_t h, float* scratch) {
+void AttendPaged(const PagedAttention& a, int64_t b, int64_t h, float* scratch) {
   const int64_t repeat = a.N / a.K, n = h * repeat;
   int64_t r = 0;
-  for (; r + 4 <= repeat; r += 4) PagedHeads<half, bits_k, bits_v, 4>(a, b, h, n + r, scratch);
-  for (; r + 2 <= repeat; r += 2) PagedHeads<half, bits_k, bits_v, 2>(a, b, h, n + r, scratch);
-  for (; r < repeat; r++) PagedHeads<half, bits_k, bits_v, 1>(a, b, h, n + r, scratch);
-}
-
-template <bool half, int bits_k>
-void PagedKeys(const PagedAttention& a, int64_t b, int64_t h, float* scratch) {
-  switch (a.value.bits) {
-    case 4: return PagedHead<half, bits_k, 4>(a, b, h, scratch);
-    case 8: return PagedHead<half, bits_k, 8>(a, b, h, scratch);
-    case 16: return PagedHead<half, bits_k, 16>(a, b, h, scratch);
-    default: return PagedHead<half, bits_k, 32>(a, b, h, scratch);
-  }
-}
-
-void AttendPaged(const PagedAttention& a, int64_t b, int64_t h, float* scratch) {
-  const auto with = [&](auto half) {
-    constexpr bool kHalf = decltype(half)::value;
-    switch (a.key.bits) {
-      case 4: return PagedKeys<kHalf, 4>(a, b, h, scratch);
-      case 8: return PagedKeys<kHalf, 8>(a, b, h, scratch);
-      case 16: return PagedKeys<kHalf, 16>(a, b, h, scratch);
-      default: return PagedKeys<kHalf, 32>(a, b, h, scratch);
-    }
-  };
-  a.half ? with(Int<1>()) : with(Int<0>());
+  for (; r + 4 <= repeat; r += 4) PagedHeads<4>(a, b, h, n + r, scratch);
+  for (; r + 2 <= repeat; r += 2) PagedHeads<2>(a, b, h, n + r, scratch);
+  for (; r < repeat; r++) PagedHeads<1>(a, b, h, n + r, scratch);
 }
 
 }  // namespace
