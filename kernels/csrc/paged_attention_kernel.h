@@ -173,37 +173,6 @@ void AddValues(const void* v, int64_t H, int64_t slots, const float* const* p, c
   }
 }
 
-// logits -> exp(logit - largest), in place; returns their sum. `n` is a multiple of 16.
-inline float ExpAll(float* logits, int64_t n, float largest) {
-  float lanes[16] = {0};
-  for (int64_t i = 0; i < n; i += 16) {
-    for (int64_t j = 0; j < 16; j++) {  // Exp, without its early exit, so that it becomes vectors.
-      float x = logits[i + j] - largest;
-      const float floor = x < -87.0f ? 0.0f : 1.0f;
-      x = x < -87.0f ? -87.0f : x;
-      const float shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
-      float r = x - n * 0.693359375f;
-      r -= n * -2.12194440e-4f;
-      float e = 1.9875691500e-4f;
-      e = e * r + 1.3981999507e-3f;
-      e = e * r + 8.3334519073e-3f;
-      e = e * r + 4.1665795894e-2f;
-      e = e * r + 1.6666665459e-1f;
-      e = e * r + 5.0000001201e-1f;
-      e = e * r * r + r + 1.0f;
-      int32_t bits;
-      __builtin_memcpy(&bits, &shifted, 4);
-      bits = (bits - 0x4B400000 + 127) << 23;
-      float scale;
-      __builtin_memcpy(&scale, &bits, 4);
-      e = e * scale * floor;
-      logits[i + j] = e;
-      lanes[j] += e;
-    }
-  }
-  return Simd::Sum(Simd::Load(lanes));
-}
-
 // Where the dense tokens lie: runs of slots, the sinks and then the ring from its oldest.
 struct DenseRuns {
   int64_t begin[3], count[3];
@@ -257,17 +226,9 @@ void PagedHeads(const PagedAttention& a, int64_t b, int64_t h, int64_t n0, float
   }
 
   // Softmax.
-  const int64_t padded = (count + 15) / 16 * 16;
   float inverse[R];
   for (int r = 0; r < R; r++) {
-    for (int64_t i = count; i < padded; i++) logits[r][i] = -3e38f;
-    float lanes[16];
-    for (int j = 0; j < 16; j++) lanes[j] = -3e38f;
-    for (int64_t i = 0; i < padded; i += 16)
-      for (int j = 0; j < 16; j++) lanes[j] = logits[r][i + j] > lanes[j] ? logits[r][i + j] : lanes[j];
-    float largest = lanes[0];
-    for (int j = 1; j < 16; j++) largest = lanes[j] > largest ? lanes[j] : largest;
-    inverse[r] = 1.0f / ExpAll(logits[r], padded, largest);
+    inverse[r] = Softmax(logits[r], count);
     for (int64_t i = 0; i < a.H; i++) out[r][i] = 0.0f;
   }
 

@@ -23,6 +23,7 @@ struct Simd {
   static void Store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F Add(F x, F y) { return _mm512_add_ps(x, y); }
   static F Mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static F Max(F x, F y) { return _mm512_max_ps(x, y); }  // x > y ? x : y
   static F Fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
   static F LoadHalf(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static float HalfOne(uint16_t h) { return _cvtsh_ss(h); }

@@ -60,6 +60,7 @@ struct Simd {
   static void Store(float* p, F a) { __builtin_memcpy(p, &a, 64); }
   static F Add(F a, F b) { return a + b; }
   static F Mul(F a, F b) { return a * b; }
+  static F Max(F a, F b) { return a > b ? a : b; }
   static F Fma(F a, F b, F c) { return a * b + c; }
   static __attribute__((noinline)) F LoadHalf(const void* p) {
     uint16_t h[16];
