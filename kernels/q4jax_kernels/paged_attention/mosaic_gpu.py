@@ -22,9 +22,14 @@ HEAD_DIMS = (64, 128)
 _SMS = 132  # of an H100 SXM, H200 or GH200: what splitting aims at
 
 
-def supports(cache: Paged) -> bool:
-  """Whether the kernel reads these pages, and the GPU, if there is one, has `wgmma`."""
-  return all(map(_readable, (cache.key_pages, cache.value_pages))) and _may_be_hopper()
+def supports(cache: Paged, heads: int) -> bool:
+  """Whether the kernel reads these pages, and the GPU, if there is one, has `wgmma`.
+
+  Args:
+    heads: query heads of a KV head.
+  """
+  readable = all(map(_readable, (cache.key_pages, cache.value_pages)))
+  return readable and heads <= ROWS and _may_be_hopper()
 
 
 def _readable(pages: Pages) -> bool:
@@ -62,11 +67,11 @@ def decode_attention(
     interpret: a `plgpu.InterpretGPUParams` runs on any device (jax 0.11.2 and newer).
 
   Raises:
-    NotImplementedError: pages that `supports` refuses, or more than 64 query heads a KV head.
+    NotImplementedError: what `supports` refuses.
   """
   b, _, n, h = q.shape
   kv_heads = k.shape[2]
-  if not supports(cache) or n // kv_heads > ROWS:
+  if not supports(cache, n // kv_heads):
     raise NotImplementedError(
       f"The Hopper kernel reads codes in layout 'rows' in groups of a multiple of 16, heads of "
       f"{HEAD_DIMS}, blocks that divide {SLOTS} or are a multiple of it, at most {ROWS} query heads "
