@@ -359,7 +359,10 @@ def test_without_scores() -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"implementation": "metal"}, "implementation 'metal' is not one of reference, cpu, pallas_tpu, mosaic_gpu"),
+    (
+      {"implementation": "metal"},
+      "'metal' is not one of reference, cpu, pallas_tpu, mosaic_gpu",
+    ),
     ({"layer": 2}, "layer=2 is none of the cache's 2 layers"),
     ({"q": np.zeros((2, 1, 3, 16), np.float32)}, r"q has shape \[2, 1, 3, 16\]"),
     ({"k": np.zeros((2, 1, 2, 8), np.float32)}, r"k is float32\[2, 1, 2, 8\]"),

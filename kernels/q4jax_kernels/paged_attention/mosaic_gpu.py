@@ -74,10 +74,10 @@ def decode_attention(
   if not supports(cache, n // kv_heads):
     raise NotImplementedError(
       f"The Hopper kernel reads codes in layout 'rows' in groups of a multiple of 16, heads of "
-      f"{HEAD_DIMS}, blocks that divide {SLOTS} or are a multiple of it, at most {ROWS} query heads "
-      f"a KV head; got keys in {cache.key_pages.format}, values in {cache.value_pages.format}, in "
-      f"layout '{cache.key_pages.layout}', heads of {h}, blocks of {cache.block_size}, "
-      f"{n // kv_heads} query heads a KV head, or a GPU that is no Hopper."
+      f"{HEAD_DIMS}, blocks that divide {SLOTS} or are a multiple of it, at most {ROWS} query "
+      f"heads a KV head; got keys in {cache.key_pages.format}, values in "
+      f"{cache.value_pages.format}, in layout '{cache.key_pages.layout}', heads of {h}, blocks of "
+      f"{cache.block_size}, {n // kv_heads} query heads a KV head, or a GPU that is no Hopper."
     )
   cache = append(k, v, cache, length, active, layer)
   query = q.astype(jnp.float32).reshape(b, kv_heads, -1, h) * h**-0.5

@@ -9,9 +9,13 @@ s, minimum m and codes n,
 What meets the codes, q and p * s, goes in as two bfloat16 that add up to it, to 16 bits. A product
 has 64 rows, of which the query heads of a KV head fill a few; the others hold anything, and as rows
 do not mix they are left alone.
+
+With heads of 128, ptxas spills 300 bytes of a thread's 255 registers, addresses for the most part:
+what to mend first, where this can be measured.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -136,14 +140,15 @@ def _scratch(inputs: Inputs, plan: Plan, scores: bool) -> _Scratch:
   def floats(width: int, *shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=_swizzled(2 * width, 2))
 
-  sides = [tile(side) for side in (inputs.keys, inputs.values)]
+  key_tile, value_tile = tile(inputs.keys), tile(inputs.values)
   copies = 2 * max(1, SLOTS // plan.block_size) + 1
-  copies += sum(a is not None for side in sides for a in side[1:])
+  copies += sum(a is not None for side in (key_tile, value_tile) for a in side[1:])
   return _Scratch(
     floats(keys, _PIECES, ROWS, h),
     plgpu.SMEM(inputs.q_sum.shape[1:], jnp.float32),
     plgpu.SMEM((_STAGES, SLOTS), jnp.float32),
-    *sides,
+    key_tile,
+    value_tile,
     floats(keys, SLOTS, h),
     floats(values, SLOTS, h),
     floats(values, _PIECES, ROWS, SLOTS),
@@ -181,7 +186,7 @@ class _Body:
       plgpu.copy_gmem_to_smem(self._in.q.at[self._row, i], to, smem.q_came)
     plgpu.copy_gmem_to_smem(self._in.q_sum.at[self._row], smem.q_sum, smem.q_came)
     for stage in range(_STAGES):
-      pl.when(first + stage < last)(lambda stage=stage: self._fetch(first + stage, stage))
+      pl.when(first + stage < last)(partial(self._fetch, first + stage, stage))
     plgpu.barrier_wait(smem.q_came)
 
     def step(tile: Any, carry: Any) -> Any:
@@ -191,7 +196,7 @@ class _Body:
       # The next copies go by another path to memory (the async proxy), which must not overtake
       # the reads above.
       plgpu.commit_smem()
-      pl.when(tile + _STAGES < last)(lambda: self._fetch(tile + _STAGES, stage))
+      pl.when(tile + _STAGES < last)(partial(self._fetch, tile + _STAGES, stage))
       return carry
 
     width = plan.width(plan.value)
@@ -229,7 +234,6 @@ class _Body:
     """One tile's part of the sums (of p * value, by columns), largest logits and sums of p."""
     smem, (sums, before, total) = self._smem, carry
     _unpack(smem.keys.codes.at[stage], self._plan.key, smem.key_codes)
-    _unpack(smem.values.codes.at[stage], self._plan.value, smem.value_codes)
     plgpu.commit_smem()
     logits = self._logits(stage)
     if logits_out is not None:
@@ -242,6 +246,7 @@ class _Body:
     # Where nothing is seen yet, p is still 0.
     p = jnp.exp(logits - _down(jnp.maximum(top, NONE / 2)))
     fade = jnp.exp(before - top)
+    _unpack(smem.values.codes.at[stage], self._plan.value, smem.value_codes)
     return self._weighted(stage, p, fade, sums), top, total * fade + p.sum(axis=1)
 
   def _logits(self, stage: Any) -> jax.Array:
