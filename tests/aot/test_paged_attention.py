@@ -49,7 +49,7 @@ def compile_for(target: str, attend: Callable, arguments: tuple) -> jax.stages.C
   ("model", "key", "value", "b", "bs", "scores"),
   [
     ("8B", KVFormat(4, 32), KVFormat(4, 32), 1, 32, True),
-    ("8B", KVFormat(8, 32), KVFormat(4, 32), 8, 32, False),
+    ("1B", KVFormat(8, 32), KVFormat(4, 32), 8, 32, False),
     ("8B", KVFormat(4, 8), KVFormat(4, 128), 2, 64, False),
     ("1B", KVFormat(4), KVFormat(8, symmetric=True), 4, 16, True),
     ("1B", KVFormat(4, 32), KVFormat(4, 8, symmetric=True), 1, 128, False),
@@ -90,7 +90,6 @@ def test_sees_a_float_copy() -> None:
 @pytest.mark.parametrize(
   ("model", "key", "value", "b", "bs", "scores"),
   [
-    ("8B", KVFormat(4, 32), KVFormat(4, 32), 1, 32, True),
     ("8B", KVFormat(4, 32), KVFormat(4, 32), 1, 32, False),
     ("8B", KVFormat(8, 32), KVFormat(4), 8, 64, False),
     ("8B", KVFormat(8), KVFormat(8, symmetric=True), 1, 128, True),
