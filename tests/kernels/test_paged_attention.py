@@ -96,6 +96,10 @@ class Simulation:
     # What the native kernel rounds to int8 moves each output by about 1% of a standard deviation.
     native = attend is not reference.decode_attention and cpu.supports(self.cache)
     self.rounds = native and not (key.is_float and value.is_float)
+    self.use(attend)
+
+  def use(self, attend: Any) -> None:
+    """From now on steps by this implementation."""
 
     def attend_after_spill(q, k, v, cache, length, spilled, active, scores) -> tuple:
       cache, spilled = spill(cache, length, spilled, active)
@@ -355,7 +359,10 @@ def test_without_scores() -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"implementation": "cpu"}, "implementation 'cpu' is not one of reference, pallas_tpu"),
+    (
+      {"implementation": "metal"},
+      "'metal' is not one of reference, cpu, pallas_tpu, mosaic_gpu",
+    ),
     ({"layer": 2}, "layer=2 is none of the cache's 2 layers"),
     ({"q": np.zeros((2, 1, 3, 16), np.float32)}, r"q has shape \[2, 1, 3, 16\]"),
     ({"k": np.zeros((2, 1, 2, 8), np.float32)}, r"k is float32\[2, 1, 2, 8\]"),

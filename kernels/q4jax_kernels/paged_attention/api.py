@@ -1,6 +1,8 @@
 """One door to attention over the compressed cache: checks once, then picks an implementation."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from q4jax_kernels.paged_attention import cpu, reference
 from q4jax_kernels.paged_attention.paged import Mass, Paged
 
-IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu", "mosaic_gpu")
 
 
 def decode_attention(
@@ -39,7 +41,8 @@ def decode_attention(
     layer: which of the L.
     scores: whether to return the mass.
     implementation: one of IMPLEMENTATIONS, which then runs or raises; None takes the device's: the
-      native kernel for pages in layout x16, on TPUs theirs for codes in rows, else the reference.
+      native kernel for pages in layout x16, on TPUs and Hopper GPUs theirs for codes in rows, else
+      the reference.
 
   Returns:
     float32[B, 1, N, H], the updated cache, and the mass that each slot got, or None.
@@ -53,8 +56,12 @@ def decode_attention(
   if implementation not in (None, *IMPLEMENTATIONS):
     names = ", ".join(IMPLEMENTATIONS)
     raise ValueError(f"implementation '{implementation}' is not one of {names}.")
-  portable = partial(reference.decode_attention, layer=layer, scores=scores)
-  native = partial(cpu.decode_attention, layer=layer, scores=scores)
+
+  def bind(attend: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(attend, layer=layer, scores=scores)
+
+  portable = bind(reference.decode_attention)
+  native = bind(cpu.decode_attention)
   if implementation == "reference":
     return portable(*arguments)
   if implementation == "cpu" or (implementation is None and cpu.supports(cache)):
@@ -62,14 +69,18 @@ def decode_attention(
   if implementation is None and not _in_rows(cache):
     return portable(*arguments)
   # Pallas is slow to import, so only where the pages may be for it.
-  from q4jax_kernels.paged_attention import pallas_tpu
+  from q4jax_kernels.paged_attention import mosaic_gpu, pallas_tpu
 
-  kernel = partial(pallas_tpu.decode_attention, layer=layer, scores=scores)
-  if implementation == "pallas_tpu":
-    return kernel(*arguments)
-  if not pallas_tpu.supports(cache):
-    return portable(*arguments)
-  return jax.lax.platform_dependent(*arguments, tpu=kernel, default=portable)
+  tpu = bind(pallas_tpu.decode_attention)
+  gpu = bind(mosaic_gpu.decode_attention)
+  if implementation is not None:
+    return {"pallas_tpu": tpu, "mosaic_gpu": gpu}[implementation](*arguments)
+  kernels = {}
+  if pallas_tpu.supports(cache):
+    kernels["tpu"] = tpu
+  if mosaic_gpu.supports(cache, q.shape[2] // k.shape[2]):
+    kernels["cuda"] = gpu
+  return jax.lax.platform_dependent(*arguments, default=portable, **kernels)
 
 
 def _in_rows(cache: Paged) -> bool:

@@ -7,7 +7,7 @@ are never multiplied by their scales: for slot t and group g, with scale s, mini
 
 so q is repeated once per group, zero outside of it, for one product to give all the groups' sums,
 and so are the probabilities, of which each group's dims are kept. The softmax is online
-(arXiv:1805.02867). The dense part, a few tokens, is XLA's, and joins by the sums of exponentials.
+(arXiv:1805.02867). The dense part, a few tokens, is XLA's (join.py).
 Scales and positions are gathered by XLA too: an odd few lanes a slot, in a type Mosaic has not.
 """
 
@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from q4jax_kernels.kv_pages import Pages
-from q4jax_kernels.paged_attention.paged import Mass, Paged, append, live_dense, live_paged
+from q4jax_kernels.paged_attention.join import NONE, Partial, join
+from q4jax_kernels.paged_attention.paged import Mass, Paged, append, live_paged
 
-_NONE = -1e30  # the logit of a slot that is not seen
 _SUBLANES = 8  # query heads of a KV head are padded to whole tiles
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -65,44 +65,19 @@ def decode_attention(
       f"in {cache.value_pages.format}, in layout '{cache.key_pages.layout}'."
     )
   cache = append(k, v, cache, length, active, layer)
-  b, _, n, h = q.shape
+  b, _, _, h = q.shape
   query = q.reshape(b, k.shape[2], -1, h) * h**-0.5
-  r = query.shape[2]
-  query = jnp.pad(query, ((0, 0), (0, 0), (0, -r % _SUBLANES), (0, 0)))
-  o, top, total, *logits = _paged(query, cache, layer, active, scores, interpret)
-
-  keys, values = (a[layer].astype(jnp.float32) for a in (cache.k, cache.v))
-  live = live_dense(cache, length, spilled, active)
-  dense = jnp.einsum("bkrh,bksh->bkrs", query, keys, precision=_EXACT)
-  dense = jnp.where(live[:, None, None], dense, _NONE)
-  values = jnp.where(live[:, None, :, None], values, 0.0)
-  most = jnp.maximum(top, dense.max(-1, keepdims=True))
-  p, weight = jnp.exp(dense - most), jnp.exp(top - most)
-  total = total * weight + p.sum(-1, keepdims=True)
-  out = o * weight + jnp.einsum("bkrs,bksh->bkrh", p, values, precision=_EXACT)
-  out = (out / total)[:, :, :r].reshape(b, 1, n, h)
-  out = jnp.where(active[:, None, None, None], out, 0.0)
-  if not scores:
-    return out, cache, None
-  paged = jnp.exp(logits[0].transpose(0, 2, 3, 1, 4) - most[..., None])  # [B, K, R, P, bs]
-  paged = paged.reshape(*paged.shape[:3], -1)
-  seen = live_paged(cache, layer, active).reshape(b, 1, -1)
-
-  def mean(p: jax.Array, seen: jax.Array) -> jax.Array:
-    return jnp.where(seen, (p / total)[:, :, :r].mean(2), 0.0)
-
-  return out, cache, Mass(mean(paged, seen), mean(p, live[:, None]))
+  pages = _paged(query, cache, layer, active, scores, interpret)
+  out, mass = join(query, pages, cache, length, spilled, active, layer)
+  return out, cache, mass
 
 
 def _paged(
   query: jax.Array, cache: Paged, layer: int, active: jax.Array, scores: bool, interpret: Any
-) -> list[jax.Array]:
-  """The pages' part of the softmax, for scaled queries [B, K, R, H], R padded.
-
-  Returns:
-    sum of p * value float32[B, K, R, H], largest logit and sum of p [B, K, R, 1], where p is
-    exp(logit - largest); and with scores the logits [B, P, K, R, bs].
-  """
+) -> Partial:
+  """The pages' part of the softmax, for scaled queries [B, K, R, H]."""
+  heads = query.shape[2]
+  query = jnp.pad(query, ((0, 0), (0, 0), (0, -heads % _SUBLANES), (0, 0)))
   (b, kv_heads, r, h), bs = query.shape, cache.block_size
   table, count = cache.block_table[layer], jnp.where(active, cache.num_blocks[layer], 0)
   width = table.shape[1]
@@ -153,8 +128,13 @@ def _paged(
     interpret=interpret,
     name="paged_attention",
   )
-  o, *rest = call(table, count, q, q_sum, *sides, live.astype(jnp.float32))
-  return [o.swapaxes(2, 3).reshape(query.shape), *rest]
+  o, top, total, *logits = call(table, count, q, q_sum, *sides, live.astype(jnp.float32))
+  o = o.swapaxes(2, 3).reshape(query.shape)
+  out = Partial(*(a[:, :, :heads] for a in (o, top, total)))
+  if scores:
+    found = logits[0].transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, r, width * bs)
+    out = out._replace(logits=found[:, :, :heads])
+  return out
 
 
 def _side(pages: Pages, table: jax.Array, live: jax.Array) -> _Side:
@@ -210,7 +190,7 @@ def _kernel(
   @pl.when(step == 0)
   def _() -> None:
     o_ref[...] = jnp.zeros_like(o_ref)
-    top_ref[...] = jnp.full_like(top_ref, _NONE)
+    top_ref[...] = jnp.full_like(top_ref, NONE)
     total_ref[...] = jnp.zeros_like(total_ref)
 
   seen = step < count_ref[pl.program_id(0)]
@@ -218,14 +198,14 @@ def _kernel(
 
     @pl.when(jnp.logical_not(seen))
     def unseen() -> None:
-      logits_ref[...] = jnp.full_like(logits_ref, _NONE)
+      logits_ref[...] = jnp.full_like(logits_ref, NONE)
 
   @pl.when(seen)
   def _() -> None:
     live = live_ref[...] > 0
     for kv in range(kv_heads):
       logits = _logits(q_ref[kv], q_sum_ref[kv], keys, kv, r)
-      logits = jnp.where(live, logits, _NONE)
+      logits = jnp.where(live, logits, NONE)
       if logits_ref is not None:
         logits_ref[kv] = logits
       before = top_ref[kv]
