@@ -78,11 +78,12 @@ def _context(
   context = ScoreContext(pos, valid, length, k.shape[1], k=k, v=v)
   if queries is None:
     return context
+  context = dataclasses.replace(context, queries=queries.swapaxes(1, 2))
   if needs.attn == "cumulative":
     mass, visits = _mass(queries, k, length)
     return dataclasses.replace(context, mass=mass, visits=visits)
   attn = _attention(queries, k, length, 0) if needs.attn == "window" else None
-  return dataclasses.replace(context, attn=attn, queries=queries.swapaxes(1, 2))
+  return dataclasses.replace(context, attn=attn)
 
 
 def _attention(
