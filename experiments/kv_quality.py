@@ -81,7 +81,9 @@ def kv_config(row: str, config: Config, head_dim: int) -> KVConfig:
         f"or a policy ({', '.join(policy_names())})."
       )
   if keep is None and chosen:
-    raise ConfigError(f"row '{row}': '{chosen}' evicts nothing without a share to keep; add keepNN.")
+    raise ConfigError(
+      f"row '{row}': '{chosen}' evicts nothing without a share to keep; add keepNN."
+    )
   if keep is None:
     return kv
   select = UnionRank(keep, by=config.select)  # type: ignore[arg-type]
