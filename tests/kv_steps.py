@@ -1,5 +1,7 @@
 """Drives compressed caches: random keys and values without a model, a model step by step."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -114,7 +116,8 @@ class Decoding:
     total = int(length.max()) + room
     window = 0 if kv is None else kv.window
     window = total if window < 0 else window
-    state = model.jit(_prefill, static_argnums=(3, 4))(
+    program = _programs(model)[0]
+    state = program(
       model.leaves, jnp.asarray(tokens[:, : length.max()]), jnp.asarray(length), total, window
     )
     if kv is None:
@@ -131,7 +134,7 @@ class Decoding:
     if self.compressed is not None:
       assert isinstance(self.state, Compressed)
       self.state = self.compressed.before_step(self.state, at, running)
-    program = _STEPS.setdefault(id(self.model), self.model.jit(_step))
+    program = _programs(self.model)[1]
     logits, self.state = program(
       self.model.leaves, jnp.asarray(token, jnp.int32), self.state, at, jnp.asarray(running)
     )
@@ -139,7 +142,9 @@ class Decoding:
     return np.asarray(logits)
 
 
-_STEPS: dict = {}
+@functools.cache
+def _programs(model: Model) -> tuple[Callable, Callable]:
+  return model.jit(_prefill, static_argnums=(3, 4)), model.jit(_step)
 
 
 def _prefill(
