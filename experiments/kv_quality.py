@@ -62,7 +62,7 @@ def kv_config(row: str, config: Config, head_dim: int) -> KVConfig:
   group = config.group if head_dim % config.group == 0 else None
   kv = KVConfig(protect=Protect(config.sink, config.recent, 0))
   stores = {"f16": (16, 16), "f32": (32, 32), "int8": (8, 8), "int4": (4, 4), "k8v4": (8, 4)}
-  policy, keep = config.policy, None
+  policy, keep, chosen = config.policy, None, ""
   for part in row.split("+"):
     if part.removesuffix("r") in stores:
       formats = [
@@ -72,14 +72,18 @@ def kv_config(row: str, config: Config, head_dim: int) -> KVConfig:
     elif part.startswith("keep") and part[4:].isdigit():
       keep = int(part[4:]) / 100
     elif part == "mask":
-      kv = dataclasses.replace(kv, mask=True)
+      kv, chosen = dataclasses.replace(kv, mask=True), part
     elif part in policy_names():
-      policy = part
+      policy = chosen = part
     else:
       raise ConfigError(
         f"row '{row}': '{part}' is none of {', '.join(stores)} (or one with an r), keepNN, mask, "
         f"or a policy ({', '.join(policy_names())})."
       )
+  if keep is None and chosen:
+    raise ConfigError(
+      f"row '{row}': '{chosen}' evicts nothing without a share to keep; add keepNN."
+    )
   if keep is None:
     return kv
   select = UnionRank(keep, by=config.select)  # type: ignore[arg-type]
@@ -88,6 +92,10 @@ def kv_config(row: str, config: Config, head_dim: int) -> KVConfig:
 
 def run(config: Config) -> list[dict[str, Any]]:
   """A record for each row."""
+  if config.sequences % config.batch:
+    raise ConfigError(
+      f"--sequences={config.sequences} are no whole number of batches of --batch={config.batch}."
+    )
   model = q4jax.load(config.model)
   kvs = {row: kv_config(row, config, model.config.head_dim) for row in config.rows}
   tokens = np.asarray(

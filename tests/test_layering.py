@@ -24,6 +24,7 @@ FORBIDDEN = {
   "q4jax/formats": {"q4jax.model", "q4jax.engine", "q4jax.kv", *DOORS},
   "q4jax/text": {"q4jax.model", "q4jax.engine", "q4jax.kv", *DOORS},
   "q4jax/model": {"q4jax.formats", "q4jax.engine", *DOORS},
+  "q4jax/kv": {"q4jax.formats", "q4jax.quant", "q4jax.text", "q4jax.engine", *DOORS},
   "q4jax/quant": {"q4jax.model", "q4jax.engine", *DOORS},
   "q4jax/engine": {"q4jax.formats", *DOORS},
 }
@@ -93,6 +94,9 @@ def test_imports_point_down() -> None:
     ("q4jax/model/llama.py", "from q4jax.formats.gguf import GGUFFile"),
     ("q4jax/formats/gguf.py", "from q4jax import model"),
     ("q4jax/errors.py", "import q4jax.config"),
+    ("q4jax/kv/cache.py", "from q4jax.engine import Engine"),
+    ("q4jax/kv/quality.py", "from q4jax.text.tokenizer import Tokenizer"),
+    ("q4jax/kv/quality.py", "def f():\n  from q4jax import loading"),
   ],
 )
 def test_finds(file: str, source: str) -> None:
@@ -106,6 +110,7 @@ def test_finds(file: str, source: str) -> None:
     ("q4jax/loading.py", "from q4jax.formats import gguf\nfrom q4jax.model import llama"),
     ("q4jax/loading.py", "def f():\n  import torch"),
     ("q4jax/model/llama.py", "from .layers import Attention"),
+    ("q4jax/kv/cache.py", "from q4jax.model.caches import Compressed\nimport q4jax_kernels"),
   ],
 )
 def test_allows(file: str, source: str) -> None:

@@ -272,6 +272,7 @@ class Engine:
       room = np.array(limits + [0] * (batch - len(ids)))
       compressed = self.compress(state, np.array(lengths), room)
       state = replace(state, cache=compressed.state)
+      timing.kv = compressed.usage
     state, output = programs.first(leaves, state, hidden, arrays, limit, stop_ids)
     output.token.block_until_ready()
     timing.prompt_tokens = sum(map(len, ids))
@@ -286,7 +287,7 @@ class Engine:
       if step + 1 < max(limits):
         if compressed is not None:
           assert isinstance(state.cache, Compressed)
-          running = np.isin(np.arange(batch), list(open_rows))
+          running = np.array([b in open_rows and step + 1 < limits[b] for b in range(batch)])
           state = replace(state, cache=compressed.before_step(state.cache, state.length, running))
           timing.kv = compressed.usage
         state, ahead = programs.decode(leaves, state, arrays, stop_ids)

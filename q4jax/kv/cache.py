@@ -96,7 +96,7 @@ class CompressedKV:
     growth = np.where(self._started, (last - self._spilled) // kv.block_size, 0)
     width = _bucket(int((counts + growth).max()) + 1)
     needed = 1 + int((counts + growth).sum())
-    self.num_blocks = num_blocks or _bucket(needed, least=16)
+    self.num_blocks = _pool_size(needed) if num_blocks is None else num_blocks
     self.pool = BlockPool(self.num_blocks)
     self.table = np.zeros((*counts.shape, width), np.int32)
     self._counts = np.zeros_like(counts)
@@ -162,13 +162,13 @@ class CompressedKV:
     kv, running = self.kv, running & self._started
     ring = kv.protect.recent + kv.block_size
     full = running & (self._length - kv.protect.sink - self._spilled >= ring)
+    if full.any():
+      self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64))  # may fail, so first
+      self._kept = self._kept + kv.block_size * full
+      self._spilled = self._spilled + kv.block_size * full
+      cache = _spill(cache, length, jnp.asarray(self.table), jnp.asarray(full))
     self._length = self._length + running
-    if not full.any():
-      return cache
-    self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64))
-    self._kept = self._kept + kv.block_size * full
-    self._spilled = self._spilled + kv.block_size * full
-    return _spill(cache, length, jnp.asarray(self.table), jnp.asarray(full))
+    return cache
 
   def release(self) -> None:
     """Gives all blocks back to the pool."""
@@ -193,6 +193,12 @@ class CompressedKV:
     )
 
 
-def _bucket(n: int, least: int = 1) -> int:
+def _bucket(n: int) -> int:
   """The least power of two that is n or more: few sizes, so that few programs compile."""
-  return max(least, 1 << (n - 1).bit_length())
+  return 1 << (n - 1).bit_length()
+
+
+def _pool_size(n: int) -> int:
+  """n or a little more, in steps of an eighth of a power of two: a pool's size is memory."""
+  step = max(16, _bucket(n) // 16)
+  return -(-n // step) * step

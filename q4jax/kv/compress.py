@@ -78,11 +78,12 @@ def _context(
   context = ScoreContext(pos, valid, length, k.shape[1], k=k, v=v)
   if queries is None:
     return context
+  context = dataclasses.replace(context, queries=queries.swapaxes(1, 2))
   if needs.attn == "cumulative":
     mass, visits = _mass(queries, k, length)
     return dataclasses.replace(context, mass=mass, visits=visits)
   attn = _attention(queries, k, length, 0) if needs.attn == "window" else None
-  return dataclasses.replace(context, attn=attn, queries=queries.swapaxes(1, 2))
+  return dataclasses.replace(context, attn=attn)
 
 
 def _attention(
@@ -96,8 +97,8 @@ def _attention(
   kv_heads, slots = k.shape[1:3]
   q = queries.reshape(b, window, kv_heads, n // kv_heads, h)
   logits = jnp.einsum("bwkrh,bksh->bkrws", q, k.astype(jnp.float32)) * h**-0.5
-  at = (length - from_end)[:, None] - window + jnp.arange(window)  # [B, W]
-  seen = (jnp.arange(slots) <= at[..., None])[:, None, None]
+  at = (length - from_end)[:, None] - window + jnp.arange(window)[None]  # [B, W]
+  seen = (jnp.arange(slots)[None, None] <= at[..., None])[:, None, None]
   p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
   return jnp.where(seen, p, 0.0).reshape(b, n, window, slots)
 
@@ -116,7 +117,7 @@ def _mass(queries: jax.Array, k: jax.Array, length: jax.Array) -> tuple[jax.Arra
     return mass + p.reshape(b, kv_heads, n // kv_heads, slots).mean(axis=2)
 
   mass = jax.lax.fori_loop(0, steps, step, jnp.zeros((b, kv_heads, slots)))
-  visits = (length[:, None] - jnp.arange(slots)).clip(0).astype(jnp.float32)
+  visits = (length[:, None] - jnp.arange(slots)[None]).clip(0).astype(jnp.float32)
   return mass, visits
 
 
@@ -135,10 +136,10 @@ def pack(
   k, v = (rotate(c) for c in cache) if kv.rotate else cache
   layers, b, kv_heads, slots, h = k.shape
   bs, width = kv.block_size, block_ids.shape[2]
-  pos = jnp.arange(slots, dtype=jnp.int32)
+  pos = jnp.arange(slots, dtype=jnp.int32)[None]
   behind = pos - kv.protect.sink
   leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
-  stays = jnp.broadcast_to(leaves, keep.shape) if kv.mask else keep
+  stays = jnp.broadcast_to(leaves[None], keep.shape) if kv.mask else keep
 
   # The tokens that stay, in their order, come first: [L, B, P * bs].
   order = jnp.argsort(~stays, axis=-1, stable=True)
@@ -146,7 +147,7 @@ def pack(
   count = stays.sum(-1, keepdims=True)
   hidden = jnp.take_along_axis(stays & ~keep, order, axis=-1)
   slot_pos = jnp.where(hidden, -2 - order, order)
-  slot_pos = jnp.where(jnp.arange(width * bs) < count, slot_pos, -1).astype(jnp.int32)
+  slot_pos = jnp.where(jnp.arange(width * bs)[None, None] < count, slot_pos, -1).astype(jnp.int32)
 
   flat = block_ids.reshape(-1)
 
@@ -181,7 +182,9 @@ def _dense_part(x: jax.Array, length: jax.Array, kv: KVConfig) -> jax.Array:
   slots = x.shape[3]
   sink, ring = kv.protect.sink, kv.protect.recent + kv.block_size
   newest = (length - 1 - sink)[:, None]
-  slot = jnp.arange(ring)
+  slot = jnp.arange(ring)[None]
   came = sink + newest - (newest - slot) % ring  # the last position that the slot was given to
-  at = jnp.concatenate([jnp.broadcast_to(jnp.arange(sink), (len(length), sink)), came], axis=1)
+  at = jnp.concatenate(
+    [jnp.broadcast_to(jnp.arange(sink)[None], (len(length), sink)), came], axis=1
+  )
   return jnp.take_along_axis(x, at.clip(0, slots - 1)[None, :, None, :, None], axis=3)

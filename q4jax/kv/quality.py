@@ -66,8 +66,11 @@ def stepped_quality(
   """
   kv.check(model.config)
   batch, total = tokens.shape
-  if not 1 <= prompt <= total - 1:
-    raise ConfigError(f"prompt is {prompt}; expected 1 to {total - 1} of {total} tokens.")
+  if not 1 <= prompt <= total - 2:
+    raise ConfigError(
+      f"prompt is {prompt} of {total} tokens; expected 1 to {total - 2}, for the token after it is "
+      "stepped through and the next one scored."
+    )
   model.check_ids(tokens)
   programs = _PROGRAMS.setdefault(model, _Programs(model))
   window = total if kv.window < 0 else kv.window

@@ -23,12 +23,13 @@ class Float64Llama:
       for t in reader.tensors
     }
 
-  def logits(self, tokens: np.ndarray) -> np.ndarray:
-    """int[T] -> float64[T, V]."""
+  def logits(self, tokens: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+    """int[T] -> float64[T, V]; `hidden` bool[L, T, T]: keys (last) that a query may not see."""
     x = self.w["token_embd.weight"][tokens]
     for i in range(self._get("block_count")):
       p = f"blk.{i}."
-      x = x + self._attention(self._norm(x, p + "attn_norm"), p)
+      y = self._norm(x, p + "attn_norm")
+      x = x + self._attention(y, p, None if hidden is None else hidden[i])
       h = self._norm(x, p + "ffn_norm")
       gate, up = h @ self.w[p + "ffn_gate.weight"].T, h @ self.w[p + "ffn_up.weight"].T
       x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[p + "ffn_down.weight"].T
@@ -42,7 +43,7 @@ class Float64Llama:
     eps = self._get("attention.layer_norm_rms_epsilon")
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * self.w[name + ".weight"]
 
-  def _attention(self, x: np.ndarray, p: str) -> np.ndarray:
+  def _attention(self, x: np.ndarray, p: str, hidden: np.ndarray | None) -> np.ndarray:
     heads = self._get("attention.head_count")
     head_dim = self._get("attention.key_length", x.shape[-1] // heads)
 
@@ -57,6 +58,8 @@ class Float64Llama:
     k, v = (np.repeat(a, heads // a.shape[1], axis=1) for a in (k, v))
     scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(head_dim)
     scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
+    if hidden is not None:
+      scores[:, hidden] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("nts,snh->tnh", weights, v).reshape(len(x), -1) @ (
