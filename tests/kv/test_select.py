@@ -124,7 +124,7 @@ ANY: list[tuple[Select, Rule]] = [
 @pytest.mark.parametrize(
   ("select", "rule", "kind"),
   [(*case, "continuous") for case in CONTINUOUS + ANY] + [(*case, "ties") for case in ANY],
-  ids=str,
+  ids=lambda x: "rule" if callable(x) and not isinstance(x, Select) else str(x),
 )
 @settings(max_examples=12)
 @given(seed=st.integers(0, 2**32))
