@@ -114,8 +114,7 @@ class Decoding:
   ) -> "Decoding":
     """Reads the first `length[b]` of int[B, T]; with room for `room` tokens more."""
     total = int(length.max()) + room
-    window = 0 if kv is None else kv.window
-    window = total if window < 0 else window
+    window = 0 if kv is None else kv.window(total)
     program = _programs(model)[0]
     state = program(
       model.leaves, jnp.asarray(tokens[:, : length.max()]), jnp.asarray(length), total, window

@@ -117,16 +117,18 @@ class _Runner:
   def at_depth(self, test: Test) -> State:
     """A state with the test's n_depth tokens in a cache that has room for the rest."""
     slots = max(256, 1 << (test.context - 1).bit_length())
-    kv = self._engine.kv
-    # A compressed cache begins with a prompt, of one token at least.
-    depth = test.n_depth if kv is None else max(test.n_depth, 1)
-    window = 0 if kv is None else slots if kv.window < 0 else kv.window
+    kv, depth = self._engine.kv, self._depth(test)
+    window = 0 if kv is None else kv.window(slots)
     config = self._engine.model.config
     state = new_state(config, test.n_batch, slots, self._engine.kv_dtype, window)
     state = jax.device_put(state, self._device)
     if depth:
       state, _ = self._prefill(state, depth)
     return state
+
+  def _depth(self, test: Test) -> int:
+    """Tokens before the test: a compressed cache begins with a prompt, of one at least."""
+    return test.n_depth if self._engine.kv is None else max(test.n_depth, 1)
 
   def prompt(self, test: Test, state: State) -> tuple[float, State]:
     """Seconds of one prefill, to the first token."""
@@ -144,12 +146,12 @@ class _Runner:
 
   def generate(self, test: Test, state: State) -> tuple[float, State]:
     """Seconds of n_gen decode steps, each token read while the next step runs."""
-    state = self._rewind(state, test.n_depth, test.n_gen)
+    depth = self._depth(test)
+    state = self._rewind(state, depth, test.n_gen)
     params = _greedy(test.n_batch)
     compressed, dense = None, state.cache
     if self._engine.kv is not None:
-      lengths = np.full(test.n_batch, max(test.n_depth, 1))
-      state = self._rewind(state, max(test.n_depth, 1), test.n_gen)
+      lengths = np.full(test.n_batch, depth)
       compressed = self._engine.compress(state, lengths, np.full(test.n_batch, test.n_gen))
       state = jax.block_until_ready(replace(state, cache=compressed.state))
     running = np.ones(test.n_batch, bool)

@@ -309,8 +309,7 @@ class Engine:
   ) -> tuple[State, jax.Array]:
     """Runs all prompts through, in chunks; returns the state and each prompt's last hidden."""
     config = self.model.config
-    window = 0 if self.kv is None else self.kv.window
-    window = slots if window < 0 else window
+    window = 0 if self.kv is None else self.kv.window(slots)
     # Placed where the programs' results will be: else the second call would compile again.
     state, hidden = jax.device_put(
       (

@@ -54,14 +54,13 @@ class KVConfig:
         "does not promise them. Choose UnionRank, TopK, MedianStd or Quantile."
       )
 
-  @property
-  def window(self) -> int:
-    """Queries that prefill must remember for the policy; 0 if none, -1 for all of them."""
+  def window(self, slots: int) -> int:
+    """Queries that prefill must remember for the policy, of at most `slots`; 0 if none."""
     if self.policy is None:
       return 0
     needs = self.policy.needs
     if needs.attn == "cumulative":
-      return -1
+      return slots
     return needs.window if needs.attn == "window" or needs.queries else 0
 
   def bits_per_value(self, head_dim: int) -> float:

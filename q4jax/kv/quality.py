@@ -73,7 +73,7 @@ def stepped_quality(
     )
   model.check_ids(tokens)
   programs = _PROGRAMS.setdefault(model, _Programs(model))
-  window = total if kv.window < 0 else kv.window
+  window = kv.window(total)
   slots = -(-total // 64) * 64
   prompts = jnp.asarray(tokens[:, :prompt])
   dense, queries = programs.prefill(model.leaves, prompts, slots, window, kv_dtype)

@@ -107,7 +107,7 @@ def test_decide(name: str, grace: int) -> None:
   policy = get_policy(name, **({"window": 9} if name == "threshold" else {}))
   protect = replace(KV.protect, grace=grace)
   kv = replace(KV, policy=policy, select=UnionRank(0.55), protect=protect)
-  window = S if kv.window < 0 else kv.window
+  window = kv.window(S)
   q, cache = random_queries(window), random_cache()
   run = hasty(decide, static_argnames="kv")
   keep = np.asarray(run(tuple(map(jnp.array, cache)), jnp.array(q), jnp.array(LENGTH), kv=kv))
