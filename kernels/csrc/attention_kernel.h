@@ -1,7 +1,8 @@
 // Grouped-query attention over a contiguous KV cache, for one instruction set.
 //
-// Slots are visited in ascending order with the same arithmetic for every query, so a query's
-// result does not depend on how many are computed together, nor on the cache's unused slots.
+// A query's result does not depend on how many are computed together, nor on the cache's unused
+// slots: whether by Heads (one token, few heads) or by Tile (sixteen rows), it is the same sums in the
+// same order, to the last bit.
 #pragma once
 #include "kernels.h"
 #include "matmul_kernel.h"
@@ -116,9 +117,8 @@ void Heads(const Attention& a, const float* q, const void* k, const void* v, int
   Mix<half, R>(a, scratch, stride, weight, v, slots, out);
 }
 
-// Slots that are floats at a time: a multiple of every strip, and within L1.
-constexpr int kChunk = 48;
-constexpr int kSlotStrip = Simd::kStrip<4>;
+constexpr int kSlotStrip = Simd::kStrip<4>, kChunk = q4::kTileChunk;
+static_assert(kChunk % kSlotStrip == 0, "a chunk is whole strips");
 constexpr int kTileRows = 12;  // Fewer are faster by Heads.
 
 template <bool half>
@@ -208,7 +208,8 @@ void Tile(const Attention& a, int64_t rows, const float* const* q, const void* k
   for (int64_t r = 0; r < 16; r++) {
     to[r] = r < rows ? out[r] : rest;  // Lanes that are no row are computed too, as of a zero query.
     limit[r] = r < rows ? seen[r] : slots;
-    for (int64_t i = 0; i < D; i++) queries[16 * i + r] = r < rows ? q[r][i] : 0.0f, to[r][i] = 0.0f;
+    for (int64_t i = 0; i < D; i++) queries[16 * i + r] = r < rows ? q[r][i] : 0.0f;
+    for (int64_t i = 0; i < D; i++) to[r][i] = 0.0f;
   }
   for (int64_t first = 0; first < slots; first += kChunk) {
     const int64_t count = slots - first < kChunk ? slots - first : kChunk;

@@ -255,7 +255,7 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   const int64_t work = a.B * a.T * a.Hq * most_slots * a.D;
   ParallelFor(pool, work >= 32768 ? Threads(pool) : 1, a.B * a.Hkv * splits, [&](int64_t i) {
     static thread_local std::vector<float> scratch;
-    scratch.resize((a.Hq / a.Hkv) * (a.S + 16));
+    scratch.resize(a.scratch());
     const int64_t split = i % splits, h = i / splits % a.Hkv, b = i / splits / a.Hkv;
     kernels->attention(a, half, b, h, split * queries, std::min(a.T, (split + 1) * queries), scratch.data());
   });

@@ -49,6 +49,8 @@ struct Matmul {
   int64_t M, K, N;
 };
 
+constexpr int kTileChunk = 48;  // Slots whose keys or values are floats at a time, in L1.
+
 struct Attention {
   const float* q;               // [B, T, Hq, D]
   const void *k, *v;            // [B, Hkv, S, D] of the cache's type
@@ -56,6 +58,9 @@ struct Attention {
   float* out;                   // [B, T, Hq, D]
   int64_t B, T, Hq, Hkv, S, D;
   float scale;
+
+  // Floats that a kernel works in: logits, and the floats of a tile's queries and of some slots.
+  int64_t scratch() const { return (Hq / Hkv > 16 ? Hq / Hkv : 16) * (S + 16) + (16 + kTileChunk + 1) * D; }
 };
 
 // Limits of the compressed cache.
@@ -100,7 +105,7 @@ struct Kernels {
   void (*exact)(const Matmul& a, const Blocks& format, int64_t begin, int64_t end);
   void (*dequantize[kNumFormats])(const uint8_t* block, float* out);  // see Blocks
   // Attention of queries [t0, t1) of batch row b and the query heads of KV head h; scratch holds
-  // (Hq / Hkv) * (S + 16) floats. half: the cache is float16, else float32.
+  // a.scratch() floats. half: the cache is float16, else float32.
   void (*attention)(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1,
                     float* scratch);
   // The compressed cache's, of sequence b and KV head h; scratch holds 4 * (P * block_size + D + 16).

@@ -75,7 +75,7 @@ void PrintMatmuls(std::mt19937& random) {
 }
 
 void PrintAttention(std::mt19937& random) {
-  const int64_t B = 1, T = 3, Hkv = 1, S = 37;
+  const int64_t B = 1, T = 7, Hkv = 1, S = 61;
   for (int64_t repeat : {1, 2, 4, 7}) {
     for (int64_t D : {64, 24}) {  // Whole vectors of 16, and not.
       const int64_t Hq = repeat * Hkv;
@@ -86,8 +86,9 @@ void PrintAttention(std::mt19937& random) {
         std::vector<uint8_t> k_cache(k.size() * (half ? 2 : 4)), v_cache(k_cache.size());
         KERNELS.store(k.data(), k.size(), half, k_cache.data());
         KERNELS.store(v.data(), v.size(), half, v_cache.data());
-        std::vector<float> out(q.size()), scratch(repeat * (S + 16));
+                std::vector<float> out(q.size());
         const Attention a{q.data(), k_cache.data(), v_cache.data(), &start, &length, out.data(), B, T, Hq, Hkv, S, D, 0.3f};
+        std::vector<float> scratch(a.scratch());
         KERNELS.attention(a, half, 0, 0, 0, T, scratch.data());
         Print(half ? "store_f16" : "store_f32", repeat, D, k_cache);
         Print(half ? "attention_f16" : "attention_f32", repeat, D, out);
