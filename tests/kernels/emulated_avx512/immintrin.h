@@ -35,6 +35,7 @@ EMULATED void emulated_storeu_si512(void* p, Ints512 x) {
   EMULATED Ints512 emulated_##name(Ints512 x, int n) { return {_mm256_##name(x.a, n), _mm256_##name(x.b, n)}; }
 FLOATS2(add_ps)
 FLOATS2(mul_ps)
+FLOATS2(max_ps)
 INTS2(and_si512, and_si256)
 INTS2(or_si512, or_si256)
 INTS2(xor_si512, xor_si256)
@@ -47,6 +48,7 @@ SHIFT(slli_epi32)
 SHIFT(srli_epi32)
 #define _mm512_add_ps emulated_add_ps
 #define _mm512_mul_ps emulated_mul_ps
+#define _mm512_max_ps emulated_max_ps
 #define _mm512_and_si512 emulated_and_si512
 #define _mm512_or_si512 emulated_or_si512
 #define _mm512_xor_si512 emulated_xor_si512
