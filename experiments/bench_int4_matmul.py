@@ -17,8 +17,9 @@ all (at most 256 copies, 16 of XLA's; one where it alone is larger): more than t
 decoded token finds no weight in a cache either. `xla` dequantises to float32 in the program; `f32`
 and `bf16` are XLA's own products with float weights, and read 3 to 7 times the bytes of 4-bit ones.
 `scalar` is the loop that everyone writes first, one thread, on weights of float scales in groups of
-32, and only for small shapes. The row gemm32 is the 32 x 32 x 32 product of the reference table,
-from the caches.
+32, and only for small shapes. `ggml` is llama.cpp's kernel for weights that are not repacked, where
+--ggml names a build's folder of libggml-cpu.so. The row gemm32 is the 32 x 32 x 32 product of the
+reference table, from the caches.
 """
 
 import csv
@@ -38,6 +39,7 @@ from absl import app
 
 from experiments import config_flags
 from experiments.config_flags import option
+from experiments.ggml_peer import GgmlMatmul
 from experiments.provenance import markdown, provenance
 from q4jax_kernels import probe
 from q4jax_kernels.block_array import ROWS, BlockArray, block_shape
@@ -62,6 +64,8 @@ _SCALAR_LIMIT = 1 << 29
 # A program holds each copy's product: it must compile in seconds. XLA's paths write the weight out
 # as floats or read it as such, so fewer of them fill the caches.
 _MOST_COPIES, _MOST_XLA_COPIES = 256, 16
+# Bytes of products that a graph of ggml's may hold: it keeps them all.
+_GGML_PRODUCTS = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Config:
   implementations: tuple[str, ...] = option(
     ("cpu", "xla", "f32", "bf16", "scalar"), "Those of int4_matmul, f32, bf16, and scalar."
   )
+  ggml: str = option("", "Folder of llama.cpp's libggml-base.so and libggml-cpu.so; none without.")
   reps: int = option(9, "Timed runs of each row.")
   rotate_mib: int = option(256, "Bytes of the copies of a weight.")
   seconds: float = option(0.02, "About the least time of a run; it repeats the product.")
@@ -151,7 +156,22 @@ def _cases(config: Config, shape: str, m: int) -> list[Case]:
         if k % block_shape(format)[0] == 0:
           make, nbytes = _quantised(name, format, n, k)
           cases.append(_looped(name, format, x, make, nbytes, budget, config.seconds))
+  if config.ggml:
+    formats = [f for f in config.formats if k % block_shape(f)[0] == 0]
+    cases += [_ggml(config, format, x, n, budget) for format in formats]
   return cases
+
+
+def _ggml(config: Config, format: str, x: np.ndarray, n: int, budget: int) -> Case:
+  """As `_looped`, with fewer copies where the products would fill the memory."""
+  (m, k), (block, block_bytes) = x.shape, block_shape(format)
+  width = k // block * block_bytes
+  most = max(1, min(_MOST_COPIES, budget // (n * width), _GGML_PRODUCTS // (4 * m * n)))
+  rng = np.random.default_rng(0)
+  weights = [rng.integers(0, 256, (n, width), np.uint8) for _ in range(most)]
+  peer = GgmlMatmul(Path(config.ggml), format, weights, x, probe.threads())
+  peer()
+  return Case("ggml", format, n * width, most, peer)
 
 
 def _quantised(name: str, format: str, n: int, k: int) -> tuple[Callable[[int], BlockArray], int]:

@@ -13,16 +13,17 @@ import numpy as np
 
 from q4jax import config as config_lib
 from q4jax.config import INTERLEAVED_ARCHITECTURES, LlamaConfig
-from q4jax.errors import FormatError, TokenizerError
+from q4jax.errors import ConfigError, FormatError, TokenizerError
 from q4jax.formats.gguf import GGUFFile
 from q4jax.formats.gguf_types import TensorInfo
 from q4jax.formats.hub import resolve
-from q4jax.model.layers import Weight
+from q4jax.model.layers import Matmul, Quantized, Weight
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
 from q4jax.text.tokenizer import Tokenizer
 from q4jax_kernels import ffi
 from q4jax_kernels.block_array import ROWS, BlockArray, dequantize_blocks, interleave_tile
+from q4jax_kernels.int4_matmul import dispatch
 from q4jax_kernels.int4_matmul.prepare import layout_for, prepared
 
 _FLOATS = ("f32", "f16", "bf16")
@@ -43,6 +44,7 @@ def load(
   *,
   tokenizer: str | Path | None = None,
   device: jax.Device | None = None,
+  implementation: str | None = None,
   progress: Progress | None = None,
 ) -> Model:
   """Loads a Llama (or Qwen 2 / 3) from a GGUF file.
@@ -55,6 +57,8 @@ def load(
       with q4jax), or `hf://org/repo/file.gguf`, downloaded once and cached.
     tokenizer: a `tokenizer.json` to use instead of the file's own vocabulary.
     device: where the weights go; the default device if None.
+    implementation: of the int4 matmul, by name (`q4jax_kernels.int4_matmul.IMPLEMENTATIONS`): it
+      then multiplies with every quantised matrix, whatever it costs. None takes the best.
     progress: see `Progress`.
 
   Raises:
@@ -65,8 +69,8 @@ def load(
   with GGUFFile.open(path) as file:
     config = config_lib.from_gguf(file.metadata, frozenset(file.tensors), str(path))
     text = _tokenizer(file.metadata, tokenizer, path)
-    source = _Weights(file, config, str(path), device, progress)
-    module = Llama(config, source.make, dtype=_matmul_dtype(device))
+    source = _Weights(file, config, str(path), device, implementation, progress)
+    module = Llama(config, source.make, Matmul(_matmul_dtype(device), implementation))
     source.check_all_used()
     metadata = {k: v for k, v in file.metadata.items() if not k.startswith("tokenizer.ggml.")}
   return Model(module, text, metadata, str(path))
@@ -94,9 +98,11 @@ class _Weights:
     config: LlamaConfig,
     path: str,
     device: jax.Device,
+    implementation: str | None,
     progress: Progress | None,
   ):
     self.file, self.config, self.path, self.device = file, config, path, device
+    self.implementation = implementation
     # A CPU's tiles are made as the file is read, other layouts from whole matrices.
     tiles = device.platform == "cpu" and ffi.available()
     self.layout = "x16" if tiles else layout_for(device)
@@ -115,10 +121,21 @@ class _Weights:
       value = self._tiles(info)
     else:
       value = self._rows(info)
+    if self.implementation is not None and isinstance(value, Quantized):
+      self._check(info, value, self.implementation)
     self.done += info.nbytes
     if self.progress:
       self.progress(self.done, self.total)
     return value
+
+  def _check(self, info: TensorInfo, value: Quantized, implementation: str) -> None:
+    try:
+      dispatch.check(implementation, [value])
+    except (ValueError, NotImplementedError) as error:
+      raise ConfigError(
+        f"implementation '{implementation}' of the int4 matmul cannot be used for '{info.name}' "
+        f"({info.format}) on {self.device.platform}: {error} Leave it out to get the best."
+      ) from None
 
   def check_all_used(self) -> None:
     unused = [n for n in self.file.tensors if n not in self.used and not _REDUNDANT.fullmatch(n)]

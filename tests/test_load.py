@@ -188,6 +188,19 @@ def test_linear_scaling_divides_every_frequency(keys: dict, tmp_path: Path) -> N
   assert distance(logits(write(tmp_path / "plain.gguf", ModelSpec())), expected) > 1e-2
 
 
+def test_a_named_implementation_multiplies(tmp_path: Path) -> None:
+  path = write(tmp_path / "model.gguf", ModelSpec(**WIDE, type=lambda _: "q4_k"))
+  exact = Float64Llama(path).logits(TOKENS)
+  found = {
+    name: np.asarray(load(path, implementation=name).logits(TOKENS))[0]
+    for name in (None, "cpu_scalar", "cpu_exact", "reference")
+  }
+  assert 1e-4 < distance(found[None], exact) < ROUNDED
+  np.testing.assert_allclose(found["cpu_scalar"], found[None], rtol=1e-4, atol=1e-4)
+  for name in ("cpu_exact", "reference"):  # No activation is rounded.
+    assert distance(found[name], exact) < 1e-5
+
+
 @pytest.mark.parametrize(
   ("keys", "scale"),
   [

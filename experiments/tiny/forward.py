@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from q4jax.config import LlamaConfig
 from q4jax.model.layers import Attention as AttentionLayer
-from q4jax.model.layers import project
+from q4jax.model.layers import Matmul
 from q4jax.model.llama import Llama, random_params
 from q4jax.model.rope import cos_sin, rotate
 from q4jax_kernels.attention import causal_attention
@@ -47,7 +47,7 @@ def forward(
     dtype: of the matmuls.
     rate: of dropout.
   """
-  model = Llama(config, lambda name, shape: params[name], dtype)
+  model = Llama(config, lambda name, shape: params[name], Matmul(dtype))
   positions = jnp.arange(tokens.shape[1], dtype=jnp.int32).reshape(1, -1)
   cos, sin = cos_sin(positions, config, None)
 
@@ -69,16 +69,14 @@ def _attend(
 ) -> jax.Array:
   """`Attention.__call__` without a cache, with a choice of implementation."""
   c, (b, t, _) = attn.config, x.shape
-  q, k, v = (
-    y.reshape(b, t, -1, c.head_dim) for y in project(x, [attn.q, attn.k, attn.v], attn.dtype)
-  )
+  q, k, v = (y.reshape(b, t, -1, c.head_dim) for y in attn.matmul(x, [attn.q, attn.k, attn.v]))
   q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-  q, k, v = (y.astype(attn.dtype) for y in (q, k, v))
+  q, k, v = (y.astype(attn.matmul.dtype) for y in (q, k, v))
   if implementation == "cudnn":
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
   else:
     y = _blockwise_attention(q, k, v)
-  return project(y.astype(x.dtype).reshape(b, t, -1), [attn.output], attn.dtype)[0]
+  return attn.matmul(y.astype(x.dtype).reshape(b, t, -1), [attn.output])[0]
 
 
 def _blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from q4jax.cli import cpus, kv
+from q4jax.cli import compile_cache, cpus, kv
 from q4jax.errors import ConfigError
 
 if TYPE_CHECKING:  # The model brings JAX, which only a command that runs should wait for.
@@ -24,7 +24,7 @@ def define_json(flags: absl_flags.FlagValues, what: str = "one JSON object") -> 
 
 
 def define_model(flags: absl_flags.FlagValues) -> None:
-  """--tokenizer and --threads."""
+  """The flags that `load_model` reads."""
   absl_flags.DEFINE_string(
     "tokenizer",
     None,
@@ -37,6 +37,20 @@ def define_model(flags: absl_flags.FlagValues) -> None:
     "CPUs to use, each with one thread: the process is kept to that many (Linux). All that it may "
     "use, if not given.",
     lower_bound=1,
+    flag_values=flags,
+  )
+  absl_flags.DEFINE_string(
+    "implementation",
+    None,
+    "The int4 matmul to use, for study: reference, xla, cpu_scalar, cpu_avx2, cpu_avx512, "
+    "cpu_neon, cpu_exact (float activations), pallas_tpu or mosaic_gpu; the best if not given.",
+    flag_values=flags,
+  )
+  absl_flags.DEFINE_string(
+    "compile_cache",
+    None,
+    "Directory of compiled programs, so that the next start need not compile them; none to keep "
+    "nothing. JAX_COMPILATION_CACHE_DIR if that is set, else ~/.cache/q4jax/programs.",
     flag_values=flags,
   )
 
@@ -103,17 +117,23 @@ def load_model(
   """The model called `name`, and the seconds that loading it took (importing JAX apart).
 
   Args:
-    flags: those of --threads and --json.
+    flags: those of `define_model`, and --json.
     tokenizer: a tokenizer.json in place of the file's vocabulary.
 
   A bar on stderr shows how far it is, where someone is watching.
   """
   cpus.limit_threads(flags.threads)
+  compile_cache.use(flags.compile_cache)
   from q4jax.loading import load
 
   begin = time.perf_counter()
   with bar(f"loading {name}") if watched(flags) else nullcontext() as advance:
-    model = load(find_model(name, flags), tokenizer=tokenizer, progress=advance)
+    model = load(
+      find_model(name, flags),
+      tokenizer=tokenizer,
+      implementation=flags.implementation,
+      progress=advance,
+    )
   return model, time.perf_counter() - begin
 
 

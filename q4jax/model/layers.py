@@ -1,6 +1,7 @@
 """The layers of a Llama as Flax modules: a weight is a float array or a quantised matrix."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -33,22 +34,35 @@ def variable(value: Weight) -> nnx.Variable:
   return QWeight(value) if isinstance(value, Quantized) else nnx.Param(value)
 
 
-def project(x: jax.Array, weights: list[nnx.Variable], dtype: DTypeLike) -> list[jax.Array]:
-  """x [..., K] times the transpose of each weight [N, K]: a list of [..., N] in x's dtype.
+@dataclass(frozen=True)
+class Matmul:
+  """How a model multiplies with its matrices.
 
-  Quantised weights go through one call of the int4 matmul, which reads x once for all of them.
-  Float weights are multiplied in `dtype` with float32 accumulation.
+  Attributes:
+    dtype: of the operands where the matrix is of floats; sums are float32.
+    implementation: of the int4 matmul where it is quantised; None takes the best there is.
   """
-  values = [w.get_value() for w in weights]
-  if all(isinstance(w, Quantized) for w in values):
-    return int4_matmul(x, values)
-  return [_float_matmul(x, w, dtype) for w in values]
+
+  dtype: DTypeLike = jnp.float32
+  implementation: str | None = None
+
+  def __call__(self, x: jax.Array, weights: list[nnx.Variable]) -> list[jax.Array]:
+    """x [..., K] times the transpose of each weight [N, K]: a list of [..., N] in x's dtype.
+
+    Quantised weights go through one call of the int4 matmul, which reads x once for all of them.
+    """
+    values = [w.get_value() for w in weights]
+    if all(isinstance(w, Quantized) for w in values):
+      return int4_matmul(x, values, self.implementation)
+    return [self._one(x, w) for w in values]
+
+  def _one(self, x: jax.Array, w: Weight) -> jax.Array:
+    if isinstance(w, Quantized):
+      return int4_matmul(x, [w], self.implementation)[0]
+    return mixed_matmul(x, w, self.dtype).astype(x.dtype)
 
 
-def _float_matmul(x: jax.Array, w: Weight, dtype: DTypeLike) -> jax.Array:
-  if isinstance(w, Quantized):
-    return int4_matmul(x, [w])[0]
-  return mixed_matmul(x, w, dtype).astype(x.dtype)
+FLOAT32 = Matmul()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -97,10 +111,10 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
   """Grouped-query attention with RoPE; biases and q/k norms where the config has them."""
 
-  def __init__(self, config: LlamaConfig, make: Make, layer: int, dtype: DTypeLike):
+  def __init__(self, config: LlamaConfig, make: Make, layer: int, matmul: Matmul):
     c, prefix = config, f"blk.{layer}."
     q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    self.config, self.layer, self.dtype = config, layer, dtype
+    self.config, self.layer, self.matmul = config, layer, matmul
     self.q = variable(make(f"{prefix}attn_q.weight", (q_dim, c.d_model)))
     self.k = variable(make(f"{prefix}attn_k.weight", (kv_dim, c.d_model)))
     self.v = variable(make(f"{prefix}attn_v.weight", (kv_dim, c.d_model)))
@@ -123,7 +137,7 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, KVCache | None]:
     """x [B, T, D] -> (y [B, T, D], cache). Without a cache, plain causal attention over T."""
     c, (b, t, _) = self.config, x.shape
-    q, k, v = project(x, [self.q, self.k, self.v], self.dtype)
+    q, k, v = self.matmul(x, [self.q, self.k, self.v])
     if c.qkv_bias:
       q, k, v = (
         a + bias.get_value().astype(a.dtype).reshape(1, 1, -1)
@@ -136,25 +150,26 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if cache is None or span is None:
-      out = causal_attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
+      dtype = self.matmul.dtype
+      out = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
     else:
       out, cache = attend(q, k, v, cache, span, self.layer)
     out = out.astype(x.dtype).reshape(b, t, c.num_heads * c.head_dim)
-    return project(out, [self.output], self.dtype)[0], cache
+    return self.matmul(out, [self.output])[0], cache
 
 
 class FeedForward(nnx.Module):
   """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-  def __init__(self, config: LlamaConfig, make: Make, prefix: str, dtype: DTypeLike):
-    self.dtype = dtype
+  def __init__(self, config: LlamaConfig, make: Make, prefix: str, matmul: Matmul):
+    self.matmul = matmul
     self.gate = variable(make(f"{prefix}ffn_gate.weight", (config.d_ffn, config.d_model)))
     self.up = variable(make(f"{prefix}ffn_up.weight", (config.d_ffn, config.d_model)))
     self.down = variable(make(f"{prefix}ffn_down.weight", (config.d_model, config.d_ffn)))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate, up = project(x, [self.gate, self.up], self.dtype)
-    return project(jax.nn.silu(gate) * up, [self.down], self.dtype)[0]
+    gate, up = self.matmul(x, [self.gate, self.up])
+    return self.matmul(jax.nn.silu(gate) * up, [self.down])[0]
 
 
 class Embedding(nnx.Module):

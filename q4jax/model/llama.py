@@ -7,13 +7,14 @@ from flax import nnx
 from q4jax.config import LlamaConfig
 from q4jax.model.caches import KVCache, Span
 from q4jax.model.layers import (
+  FLOAT32,
   Attention,
   Embedding,
   FeedForward,
   Make,
+  Matmul,
   Quantized,
   RMSNorm,
-  project,
   variable,
 )
 from q4jax.model.rope import cos_sin
@@ -22,12 +23,12 @@ from q4jax.model.rope import cos_sin
 class Block(nnx.Module):
   """One transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
 
-  def __init__(self, config: LlamaConfig, make: Make, index: int, dtype: jnp.dtype):
+  def __init__(self, config: LlamaConfig, make: Make, index: int, matmul: Matmul):
     prefix = f"blk.{index}."
     self.attn_norm = RMSNorm(make(f"{prefix}attn_norm.weight", (config.d_model,)), config.norm_eps)
-    self.attn = Attention(config, make, index, dtype)
+    self.attn = Attention(config, make, index, matmul)
     self.ffn_norm = RMSNorm(make(f"{prefix}ffn_norm.weight", (config.d_model,)), config.norm_eps)
-    self.ffn = FeedForward(config, make, prefix, dtype)
+    self.ffn = FeedForward(config, make, prefix, matmul)
 
   def __call__(
     self,
@@ -51,17 +52,16 @@ class Llama(nnx.Module):
   Args:
     config: dimensions and constants.
     make: `make(name, shape)` returns the parameter: a float array, or a quantised matrix.
-    dtype: what float matrices are multiplied in (float32 accumulation). Quantised matrices do not
-      depend on it. The residual stream is float32.
+    matmul: how matrices are multiplied. The residual stream is float32.
   """
 
-  def __init__(self, config: LlamaConfig, make: Make, dtype: jnp.dtype = jnp.float32):
-    self.config, self.dtype = config, dtype
+  def __init__(self, config: LlamaConfig, make: Make, matmul: Matmul = FLOAT32):
+    self.config, self.matmul = config, matmul
     self.embedding = Embedding(make("token_embd.weight", (config.vocab_size, config.d_model)))
     self.rope_factors = (
       variable(make("rope_freqs.weight", (config.head_dim // 2,))) if config.rope_factors else None
     )
-    self.blocks = nnx.List(Block(config, make, i, dtype) for i in range(config.num_layers))
+    self.blocks = nnx.List(Block(config, make, i, matmul) for i in range(config.num_layers))
     self.output_norm = RMSNorm(make("output_norm.weight", (config.d_model,)), config.norm_eps)
     self.output = (
       None if config.tied else variable(make("output.weight", (config.vocab_size, config.d_model)))
@@ -104,7 +104,7 @@ class Llama(nnx.Module):
   def unembed(self, x: jax.Array) -> jax.Array:
     """Logits float32[..., V] of normalised hidden states [..., D]."""
     head = self.embedding.weight if self.output is None else self.output
-    return project(x, [head], self.dtype)[0].astype(jnp.float32)
+    return self.matmul(x, [head])[0].astype(jnp.float32)
 
 
 def random_params(config: LlamaConfig, key: jax.Array, std: float = 0.02) -> Make:

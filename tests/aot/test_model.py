@@ -11,6 +11,7 @@ from aot.weights import blocks
 from q4jax.config import LlamaConfig
 from q4jax.engine.programs import Programs, new_state
 from q4jax.engine.sampling import SamplingArrays, SamplingParams
+from q4jax.model.layers import Matmul
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
 from q4jax_kernels.block_array import BlockArray, block_shape
@@ -47,7 +48,7 @@ def make(name: str, shape: tuple[int, ...]) -> jax.Array | BlockArray | PlanarAr
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-  return Model(Llama(CONFIG, make, jnp.bfloat16), None, {}, "abstract")
+  return Model(Llama(CONFIG, make, Matmul(jnp.bfloat16)), None, {}, "abstract")
 
 
 def shape(dims: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

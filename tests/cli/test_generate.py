@@ -107,6 +107,8 @@ def test_empty_prompt_begins_from_bos(q4jax: Run, model_file: Path) -> None:
     (("--prompt=abc", "--stop="), "stop"),
     (("--prompt=abc", "--tokenizer=/none.json"), "/none.json"),
     (("--prompt=abc", f"--threads={10**6}"), "--threads"),
+    (("--prompt=abc", "--implementation=cpu_avx"), "cpu_avx2"),
+    (("--prompt=abc", "--implementation=pallas_tpu"), "'pallas_tpu' of the int4 matmul"),
   ],
 )
 def test_values_that_cannot_work(
