@@ -283,15 +283,17 @@ class Engine:
     began = time.perf_counter()
     for step in range(max(limits)):
       # The next step is under way while this one's token is read and turned into text.
-      ahead = None
+      ahead, running = None, np.zeros(batch, bool)
       if step + 1 < max(limits):
         if compressed is not None:
           assert isinstance(state.cache, Compressed)
           running = np.array([b in open_rows and step + 1 < limits[b] for b in range(batch)])
           state = replace(state, cache=compressed.before_step(state.cache, state.length, running))
-          timing.kv = compressed.usage
         state, ahead = programs.decode(leaves, state, arrays, stop_ids)
       tokens = np.asarray(output.token)
+      if compressed is not None:
+        compressed.take_back(running & np.isin(tokens, list(self.model.tokenizer.stop_ids)))
+        timing.kv = compressed.usage
       for row in sorted(open_rows):
         chunk = self._chunk(row, int(tokens[row]), output, texts[row], step, limits[row], logprobs)
         if chunk.finish_reason is not None:

@@ -1,5 +1,6 @@
 """The host's side of a compressed cache: which blocks belong to whom, and when that changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from q4jax.config import LlamaConfig
-from q4jax.kv.compress import decide, pack, spilled_after
+from q4jax.kv.compress import Decision, decide, pack, spilled_after
 from q4jax.kv.config import KVConfig
+from q4jax.kv.evict import choose, compact, hide
+from q4jax.kv.observed import observe, spill_mass
 from q4jax.kv.pool import BlockPool
 from q4jax.model.caches import Compressed
 from q4jax_kernels import ffi
@@ -18,14 +21,35 @@ from q4jax_kernels.kv_pages import LANES, Pages
 from q4jax_kernels.paged_attention import Paged, spill
 
 _decide = jax.jit(decide, static_argnames="kv")
-_pack = jax.jit(pack, static_argnames="kv", donate_argnames="paged")
+_choose = jax.jit(choose, static_argnames="kv")
+_compact = jax.jit(compact, donate_argnames="cache")
+_hide = jax.jit(hide, donate_argnames="cache")
+
+
+@partial(jax.jit, static_argnames="kv", donate_argnames="paged")
+def _pack(
+  cache: Cache,
+  decision: Decision,
+  queries: jax.Array | None,
+  length: jax.Array,
+  table: jax.Array,
+  paged: Paged,
+  kv: KVConfig,
+) -> Compressed:
+  paged = pack(cache, decision.keep, length, table, paged, kv)
+  observed = observe(decision, queries, length, table.shape[2], kv)
+  return Compressed(paged, spilled_after(length, kv), observed, kv.rotate)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _spill(cache: Compressed, length: jax.Array, table: jax.Array, active: jax.Array) -> Compressed:
-  paged = replace(cache.paged, block_table=table)
-  paged, spilled = spill(paged, length, cache.spilled, active)
-  return replace(cache, paged=paged, spilled=spilled)
+  before = replace(cache.paged, block_table=table)
+  paged, spilled = spill(before, length, cache.spilled, active)
+  observed = cache.observed
+  if observed.mass is not None:
+    mass = spill_mass(observed.mass, before, length, cache.spilled, active)
+    observed = replace(observed, mass=mass)
+  return replace(cache, paged=paged, spilled=spilled, observed=observed)
 
 
 @dataclass(frozen=True)
@@ -87,27 +111,44 @@ class CompressedKV:
     kv.check(config)
     self.kv, self.config = kv, config
     self._length, self._started = length.astype(np.int64), length > 0
+    self._evicted = self._length  # tokens seen when the row's last turn to be evicted was
     self._spilled = np.asarray(spilled_after(self._length, kv))
-    keep = _decide(cache, queries, jnp.asarray(length, jnp.int32), kv=kv)
-    self._kept = np.asarray(keep.sum(-1))  # [L, B]
+    decision = _decide(cache, queries, jnp.asarray(length, jnp.int32), kv=kv)
+    self._kept = np.array(decision.keep.sum(-1))  # [L, B]
     stored = np.broadcast_to(self._spilled, self._kept.shape) if kv.mask else self._kept
     counts = -(-stored // kv.block_size)
-    last = np.asarray(spilled_after(self._length + room, kv))
-    growth = np.where(self._started, (last - self._spilled) // kv.block_size, 0)
-    width = _bucket(int((counts + growth).max()) + 1)
-    needed = 1 + int((counts + growth).sum())
-    self.num_blocks = _pool_size(needed) if num_blocks is None else num_blocks
+    most = self._most_blocks(counts, np.where(self._started, room, 0))
+    width = _bucket(int(most.max()) + 1)
+    self.num_blocks = _pool_size(1 + int(most.sum())) if num_blocks is None else num_blocks
     self.pool = BlockPool(self.num_blocks)
     self.table = np.zeros((*counts.shape, width), np.int32)
     self._counts = np.zeros_like(counts)
-    self._append(counts)
+    self._append(counts, self.pool.allocate(int(counts.sum())))
     device = next(iter(cache[0].devices()))
     paged = jax.device_put(self._empty(cache[0].dtype, width), device)
-    paged = _pack(
-      cache, keep, jnp.asarray(length, jnp.int32), jnp.asarray(self.table), paged, kv=kv
+    self.state = _pack(
+      cache,
+      decision,
+      queries,
+      jnp.asarray(length, jnp.int32),
+      jnp.asarray(self.table),
+      paged,
+      kv=kv,
     )
-    spilled = jax.device_put(self._spilled.astype(np.int32), device)
-    self.state = Compressed(paged, spilled, kv.rotate)
+
+  def _most_blocks(self, counts: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """int[L, B]: the most blocks that a sequence of so many can come to in `room` more tokens."""
+    kv, size = self.kv, self.kv.block_size
+    end = self._length + room
+    all_stay = counts + (np.asarray(spilled_after(end, kv)) - self._spilled) // size
+    most = kv.select.most(end)
+    if not kv.evict_every or kv.mask or most is None:
+      return all_stay
+    # Of what stays an eviction finds at least these in the dense part; but grace is not chosen.
+    stay = np.maximum(most - kv.protect.sink - kv.protect.recent, 0)
+    stay = np.maximum(stay, kv.protect.grace - kv.protect.recent)
+    between = kv.evict_every // size  # come until the next
+    return np.minimum(all_stay, np.maximum(counts, -(-stay // size)) + between)
 
   def _empty(self, dtype: jnp.dtype, width: int) -> Paged:
     kv, config, batch = self.kv, self.config, len(self._length)
@@ -141,34 +182,78 @@ class CompressedKV:
       kv.protect.recent,
     )
 
-  def _append(self, counts: np.ndarray) -> None:
-    """Takes `counts` [L, B] more blocks and puts them at the ends of the tables. All or nothing."""
-    ids = iter(self.pool.allocate(int(counts.sum())))
+  def _append(self, counts: np.ndarray, ids: Sequence[int]) -> None:
+    """Puts `counts` [L, B] more blocks at the ends of the tables."""
+    # A copy: on CPUs the device may be reading the old one as it lies.
+    more, self.table = iter(ids), self.table.copy()
     for layer, row in np.argwhere(counts):
       at = self._counts[layer, row]
       self.table[layer, row, at : at + counts[layer, row]] = [
-        next(ids) for _ in range(counts[layer, row])
+        next(more) for _ in range(counts[layer, row])
       ]
     self._counts += counts
 
   def before_step(self, cache: Compressed, length: jax.Array, running: np.ndarray) -> Compressed:
     """The cache with room for one more token of each row that is `running` (bool[B]).
 
-    Costs nothing but where a ring is full, which is every block_size tokens of a row.
+    Costs nothing but where a ring is full, which is every block_size tokens of a row, and where a
+    row is to be evicted. `length` is int32[B], tokens seen.
 
     Raises:
-      PoolExhaustedError: no blocks are left; the cache is as it was.
+      PoolExhaustedError: no blocks are left, nor does evicting free them; the cache is as it was.
     """
     kv, running = self.kv, running & self._started
     ring = kv.protect.recent + kv.block_size
     full = running & (self._length - kv.protect.sink - self._spilled >= ring)
-    if full.any():
-      self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64))  # may fail, so first
+    needed = int(full.sum()) * len(self._counts)
+    holds = self._counts.any(axis=0)
+    turn = running & (self._length - self._evicted >= (kv.evict_every or np.inf))
+    due: np.ndarray = turn & holds
+    if kv.evict_every and needed > self.pool.stats().free:
+      due = holds
+    blocks: list[int] = []
+    if due.any():
+      cache, blocks = self._evict(cache, length, due, needed)
+    elif needed:
+      blocks = self.pool.allocate(needed)
+    if needed:
+      self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64), blocks)
       self._kept = self._kept + kv.block_size * full
       self._spilled = self._spilled + kv.block_size * full
       cache = _spill(cache, length, jnp.asarray(self.table), jnp.asarray(full))
+    self._evicted = np.where(turn, self._length, self._evicted)
     self._length = self._length + running
     return cache
+
+  def _evict(
+    self, cache: Compressed, length: jax.Array, due: np.ndarray, needed: int
+  ) -> tuple[Compressed, list[int]]:
+    """Evicts the rows that are due; also gives `needed` blocks, of those that this frees if it can.
+
+    PoolExhaustedError if there are not so many; nothing has changed then.
+    """
+    keep, counts = _choose(cache, length, jnp.asarray(due), kv=self.kv)
+    kept = np.where(due, counts, self._kept)
+    if self.kv.mask:
+      blocks = self.pool.allocate(needed)
+      self._kept = kept
+      return _hide(cache, keep), blocks
+    left = np.where(due, -(-kept // self.kv.block_size), self._counts)
+    freed = [
+      block
+      for layer, row in np.argwhere(left < self._counts)
+      for block in self.table[layer, row, left[layer, row] : self._counts[layer, row]].tolist()
+    ]
+    blocks = freed[:needed] + self.pool.allocate(max(0, needed - len(freed)))
+    self.table = self.table * (np.arange(self.table.shape[2]) < left[..., None])
+    self._kept, self._counts = kept, left
+    cache = _compact(cache, keep, jnp.asarray(self.table), jnp.asarray(due))
+    self.pool.release(freed[needed:])
+    return cache, blocks
+
+  def take_back(self, rows: np.ndarray) -> None:
+    """Tells that the last step of these rows (bool[B]) stored nothing: they had stopped before."""
+    self._length = self._length - rows
 
   def release(self) -> None:
     """Gives all blocks back to the pool."""

@@ -27,7 +27,9 @@ from q4jax.kv.select import (
 B, K, S = 4, 3, 12
 # Compiled in haste: there are many rules, and little to compute.
 run = jax.jit(
-  lambda select, *arrays: select(*arrays),
+  lambda select, score, eligible, valid, seen=None: select(
+    score, eligible, valid, valid.sum(-1) if seen is None else seen
+  ),
   static_argnums=0,
   compiler_options={"xla_backend_optimization_level": 0},
 )
