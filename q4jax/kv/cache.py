@@ -117,7 +117,7 @@ class CompressedKV:
     self._kept = np.array(decision.keep.sum(-1))  # [L, B]
     stored = np.broadcast_to(self._spilled, self._kept.shape) if kv.mask else self._kept
     counts = -(-stored // kv.block_size)
-    most = self._most_blocks(counts, np.where(self._started, room, 0))
+    most = most_blocks(kv, self._length, np.where(self._started, room, 0), counts)
     width = _bucket(int(most.max()) + 1)
     self.num_blocks = _pool_size(1 + int(most.sum())) if num_blocks is None else num_blocks
     self.pool = BlockPool(self.num_blocks)
@@ -135,20 +135,6 @@ class CompressedKV:
       paged,
       kv=kv,
     )
-
-  def _most_blocks(self, counts: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """int[L, B]: the most blocks that a sequence of so many can come to in `room` more tokens."""
-    kv, size = self.kv, self.kv.block_size
-    end = self._length + room
-    all_stay = counts + (np.asarray(spilled_after(end, kv)) - self._spilled) // size
-    most = kv.select.most(end)
-    if not kv.evict_every or kv.mask or most is None:
-      return all_stay
-    # Of what stays an eviction finds at least these in the dense part; but grace is not chosen.
-    stay = np.maximum(most - kv.protect.sink - kv.protect.recent, 0)
-    stay = np.maximum(stay, kv.protect.grace - kv.protect.recent)
-    between = kv.evict_every // size  # come until the next
-    return np.minimum(all_stay, np.maximum(counts, -(-stay // size)) + between)
 
   def _empty(self, dtype: jnp.dtype, width: int) -> Paged:
     kv, config, batch = self.kv, self.config, len(self._length)
@@ -206,9 +192,9 @@ class CompressedKV:
     ring = kv.protect.recent + kv.block_size
     full = running & (self._length - kv.protect.sink - self._spilled >= ring)
     needed = int(full.sum()) * len(self._counts)
-    holds = self._counts.any(axis=0)
+    holds: np.ndarray = np.any(self._counts, axis=0)
     turn = running & (self._length - self._evicted >= (kv.evict_every or np.inf))
-    due: np.ndarray = turn & holds
+    due = turn & holds
     if kv.evict_every and needed > self.pool.stats().free:
       due = holds
     blocks: list[int] = []
@@ -276,6 +262,28 @@ class CompressedKV:
       dense_bytes=int((paged.k.nbytes + paged.v.nbytes) * rows),
       float16_bytes=int(self._length.sum()) * 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim,
     )
+
+
+def most_blocks(
+  kv: KVConfig, length: np.ndarray, room: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+  """int[L, B]: the most blocks that sequences can come to.
+
+  Args:
+    length, room: int[B], tokens of the prompts, and tokens that may follow.
+    counts: int[L, B], blocks after the prompts.
+  """
+  size, end = kv.block_size, length + room
+  spilled, last = (np.asarray(spilled_after(n, kv)) for n in (length, end))
+  all_stay = counts + (last - spilled) // size
+  most = kv.select.most(end)
+  if not kv.evict_every or kv.mask or most is None:
+    return all_stay
+  # Of what stays at least so much is in the dense part; but what is young, by grace, is not chosen.
+  stay = np.maximum(most - kv.protect.sink - kv.protect.recent, 0)
+  stay = np.maximum(stay, kv.protect.grace - kv.protect.recent)
+  between = kv.evict_every // size  # come until the next eviction
+  return np.minimum(all_stay, np.maximum(counts, -(-stay // size)) + between)
 
 
 def _bucket(n: int) -> int:

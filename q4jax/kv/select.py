@@ -51,9 +51,10 @@ class Select:
     raise NotImplementedError(f"{type(self).__name__} defines no choose(...).")
 
   def most(self, seen: np.ndarray) -> np.ndarray | None:
-    """A bound known beforehand of the slots that stay unprotected, int[...]; None if there is none.
+    """Known beforehand: no more slots than this stay, int[...], unless more are protected.
 
-    It must not fall as `seen`, int[...], grows: caches are made as large as it says.
+    It must not fall as `seen`, int[...], grows: caches are made as large as it says. None where
+    it depends on the scores.
     """
     return None
 
