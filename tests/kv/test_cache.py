@@ -111,6 +111,51 @@ def test_after_eviction_against_exact_arithmetic(
   assert gone == 2 * (16 + 40)
 
 
+AGAIN = replace(EVICT, policy=get_policy("h2o"), evict_every=16)  # h2o: with sums carried along
+
+
+def seen(run: Decoding, layer: int, row: int) -> set[int]:
+  """Positions that a row's last query saw."""
+  assert isinstance(run.state, Compressed)
+  paged, gone = run.state.paged, int(run.state.spilled[row])
+  table = np.asarray(paged.block_table)[layer, row, : int(paged.num_blocks[layer, row])]
+  slots = np.asarray(paged.slot_pos)[table]
+  sinks = min(paged.sink, run.length[row])
+  return {*range(sinks), *slots[slots >= 0].tolist(), *range(sinks + gone, run.length[row])}
+
+
+def test_evicting_while_decoding(path: Path, model: Model) -> None:
+  """Many times over: against hiding, and against a float64 Llama that does not see what is gone."""
+  tokens, rows = text(), np.arange(len(LENGTH))
+  run = Decoding.start(model, tokens, LENGTH.copy(), AGAIN, STEPS)
+  assert run.compressed is not None
+  total = LENGTH.max() + STEPS
+  hidden, found = np.zeros((len(LENGTH), SPEC.layers, total, total), bool), []
+  for _ in range(STEPS):
+    at = run.length
+    found.append(run.step(tokens[rows, at]))
+    for b in rows:
+      for layer in range(SPEC.layers):
+        hidden[b, layer, at[b], sorted(set(range(at[b] + 1)) - seen(run, layer, b))] = True
+  logits, oracle = np.stack(found), Float64Llama(path)
+  for b, prompt in enumerate(LENGTH):
+    end = prompt + STEPS
+    close(logits[:, b], oracle.logits(tokens[b, :end], hidden[b, :, :end, :end])[prompt:], 3e-5)
+    gone = hidden[b, :, end - 1].sum(-1)
+    # A turn comes every 16 tokens, so that of what there is now at most so many came since.
+    assert (gone > end / 2 - 18).all() and (gone[0] != hidden[b, :, prompt + 40].sum(-1)).any()
+
+  masked, other = decode(model, replace(AGAIN, mask=True))
+  close(masked, logits)
+  assert other.compressed is not None
+  mine, whole = run.compressed.usage, other.compressed.usage
+  assert (mine.kept, mine.seen) == (whole.kept, whole.seen) and mine.blocks < whole.blocks / 1.5
+  assert run.compressed.num_blocks < other.compressed.num_blocks
+  run.compressed.release()
+  run.compressed.pool.check()
+  assert run.compressed.pool.stats().in_use == 0
+
+
 def test_coded_and_rotated_is_near(model: Model, dense: np.ndarray) -> None:
   kv = replace(KV, key=KVFormat(8, 32), value=KVFormat(8, 32), rotate=True)
   error = decode(model, kv)[0] - dense

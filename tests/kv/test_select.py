@@ -209,6 +209,23 @@ def test_a_sink_does_not_lift_the_threshold() -> None:
   assert (np.asarray(run(MedianStd(0.5), score, eligible, valid)) == before).all()
 
 
+def test_shares_are_of_the_tokens_seen() -> None:
+  """Evicting again and again leaves keep of all, not keep^n; and never more than there are."""
+  score = np.random.default_rng(6).normal(size=(2, K, 20)).astype(np.float32)
+  valid = np.ones((2, 20), bool)
+  cases: list[tuple[Select, tuple[int, int], list[int]]] = [
+    (UnionRank(0.5), (20, 30), [10, 15]),
+    (UnionRank(0.5, by="rank"), (39, 100), [20, 50]),
+    (TopK(7), (20, 5), [7, 5]),
+  ]
+  for select, seen, most in cases:
+    kept = np.asarray(run(select, score, valid, valid, np.array(seen)))
+    assert kept.sum(axis=1).tolist() == [min(n, 20) for n in most]
+    bound = select.most(np.array(seen))
+    assert bound is not None and bound.tolist() == most
+  assert MedianStd().most(np.array([9])) is None
+
+
 ALL = [MedianStd(), LogZ(), Quantile(), TopP(), UnionRank(), UnionRank(by="rank"), TopK(7),
        UnionRank(by="logz")]  # fmt: skip
 
