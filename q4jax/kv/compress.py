@@ -145,9 +145,10 @@ def pack(
   Args:
     cache: dense [L, B, K, S, H].
     keep: bool[L, B, S] from `decide`.
-    block_ids: int32[L, B, P], where the blocks go, in order; 0 behind the last. ceil(kept / bs) of
-      each (layer, row), or in mask mode ceil(spilled / bs).
-    paged: its pool is written to in these blocks alone; its table and dense part are replaced.
+    block_ids: int32[L, B, P], where the blocks go, in order; 0 where it is not to be written, as it
+      has these contents already, or there is none: behind the ceil(kept / bs) of each (layer, row),
+      in mask mode ceil(spilled / bs).
+    paged: its pool is written to in these blocks alone; its dense part is replaced.
   """
   k, v = (rotate(c) for c in cache) if kv.rotate else cache
   layers, b, kv_heads, _, h = k.shape
@@ -182,9 +183,35 @@ def pack(
     slot_pos=paged.slot_pos.at[jnp.where(flat > 0, flat, past)].set(
       slot_pos.reshape(-1, bs), mode="drop"
     ),
-    block_table=block_ids,
-    num_blocks=(block_ids > 0).sum(-1, dtype=jnp.int32),
   )
+
+
+def restore(
+  cache: Cache, keys: Pages, values: Pages, block_table: jax.Array, known: jax.Array, kv: KVConfig
+) -> Cache:
+  """Writes known blocks back to a dense cache, so that prefill can go on behind them.
+
+  Args:
+    cache: dense [L, B, K, S, H]; donate it.
+    block_table: int32[L, B, P], the first blocks of each row; P * bs + sinks <= S.
+    known: int32[B], how many of them there are.
+  """
+  bs, first = kv.block_size, kv.protect.sink
+  width = block_table.shape[2] * bs
+  mine = (jnp.arange(width)[None] < known[:, None] * bs)[:, None, :, None]
+
+  def fill(dense: jax.Array, pages: Pages) -> jax.Array:
+    def layer(i: jax.Array, dense: jax.Array) -> jax.Array:
+      x = kv_pages.read(pages, block_table[i]).swapaxes(1, 2)  # [B, K, P, bs, H]
+      x = x.reshape(*x.shape[:2], width, -1)
+      x = (rotate(x) if kv.rotate else x).astype(dense.dtype)  # its own inverse
+      old = jax.lax.dynamic_index_in_dim(dense, i, keepdims=False)[:, :, first : first + width]
+      new = jnp.where(mine, x, old)
+      return jax.lax.dynamic_update_slice(dense, new[None], (i, 0, 0, first, 0))
+
+    return jax.lax.fori_loop(0, len(block_table), layer, dense)
+
+  return fill(cache[0], keys), fill(cache[1], values)
 
 
 def stored(keep: jax.Array, length: jax.Array, kv: KVConfig) -> jax.Array:
