@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import q4jax
-from kv_steps import Decoding, Holds, attend_all, dims, spilled
+from kv_steps import Decoding, Holds, attend_all, dims, spilled, store_of
 from oracles.float64_llama import Float64Llama
 from oracles.models import SPECS, Spec, write
 from q4jax.errors import ConfigError, PoolExhaustedError
@@ -150,8 +150,9 @@ def test_evicting_while_decoding(path: Path, model: Model) -> None:
   assert other.compressed is not None
   mine, whole = run.compressed.usage, other.compressed.usage
   assert (mine.kept, mine.seen) == (whole.kept, whole.seen) and mine.blocks < whole.blocks / 1.5
-  assert run.compressed.num_blocks < other.compressed.num_blocks
-  run.compressed.release()
+  assert run.compressed.store.num_blocks < other.compressed.store.num_blocks
+  assert isinstance(run.state, Compressed)
+  run.compressed.close(run.state)
   run.compressed.pool.check()
   assert run.compressed.pool.stats().in_use == 0
 
@@ -176,7 +177,7 @@ class Fixed:
       None,
       self.length.copy(),
       np.full(2, 200),
-      num_blocks,
+      None if num_blocks is None else store_of(kv, dims(), num_blocks),
     )
     self.state = self.host.state
 
@@ -219,7 +220,7 @@ def test_a_prompt_that_does_not_fit_and_release() -> None:
   one = Fixed(KV, num_blocks=7)
   assert one.host.pool.stats().free == 0
   for _ in range(2):  # the second time there is nothing left to give
-    one.host.release()
+    one.host.close(one.state)
     one.host.pool.check()
     assert one.host.pool.stats().in_use == 0 and one.host.usage.blocks == 0
 
@@ -227,8 +228,8 @@ def test_a_prompt_that_does_not_fit_and_release() -> None:
 @pytest.mark.parametrize(("symmetric", "head_dim"), [(True, 64), (False, 128)])
 def test_bytes(symmetric: bool, head_dim: int) -> None:
   """4096 tokens, 0.6 of them kept, in int4 with groups of 32; counted by hand."""
-  store = KVFormat(4, 32, symmetric)
-  kv = KVConfig(store, store, policy=get_policy("knorm"), protect=Protect(4, 64, 0))
+  int4 = KVFormat(4, 32, symmetric)
+  kv = KVConfig(int4, int4, policy=get_policy("knorm"), protect=Protect(4, 64, 0))
   layers, rows, heads = 1, 1, 2
   shape = (layers, rows, heads, 4096, head_dim)
   config = dims(layers, 4, heads, head_dim)
@@ -238,7 +239,8 @@ def test_bytes(symmetric: bool, head_dim: int) -> None:
   ring = 4096 - 4 - 4000  # 125 blocks of 32 leave the rest in the ring
   blocks = layers * -(-(kept - 4 - ring) // 32)
   scales = head_dim // 32 * 2 * (1 if symmetric else 2)
-  held = CompressedKV(kv, config, (dense[0], dense[1]), None, length, room, 1 + blocks)
+  store = store_of(kv, config, 1 + blocks)
+  held = CompressedKV(kv, config, (dense[0], dense[1]), None, length, room, store)
   use, paged = held.usage, held.state.paged
   block = 32 * (2 * heads * (head_dim // 2 + scales) + 4)  # and four bytes of position
   ends = layers * 2 * heads * (4 + 64 + 32) * head_dim * 2
@@ -251,7 +253,7 @@ def test_bytes(symmetric: bool, head_dim: int) -> None:
   pages = sum(a.nbytes for a in jax.tree.leaves((paged.key_pages, paged.value_pages)))
   live = sum(a.nbytes for a in jax.tree.leaves(held.state))
   assert pages + paged.slot_pos.nbytes == (blocks + 1) * block  # the null block
-  assert use.block_bytes == blocks * (pages + paged.slot_pos.nbytes) // held.num_blocks
+  assert use.block_bytes == blocks * (pages + paged.slot_pos.nbytes) // held.store.num_blocks
   # Asymmetric codes take 5 bits: with the dense ends they come to 0.21.
   assert use.block_bytes <= bfloat16 / 5
   assert live <= bfloat16 * (0.2 if symmetric else 0.212)

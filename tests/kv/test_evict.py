@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kv_steps import Holds, attend_all, dims, spilled
+from kv_steps import Holds, attend_all, dims, spilled, store_of
 from q4jax.errors import ConfigError, PoolExhaustedError
 from q4jax.kv import cache as kv_cache
 from q4jax.kv.cache import CompressedKV, most_blocks
@@ -186,7 +186,7 @@ def test_against_lists_of_tokens(name: str, grace: int, turn: bool, mask: bool) 
         size = np.linalg.norm(x[i, b, :, p])  # rotated or not
         np.testing.assert_allclose(np.linalg.norm(stored), size, rtol=1e-5)
   host.pool.check()
-  host.release()
+  host.close(cache)
   host.pool.check()
   assert host.pool.stats().in_use == 0
 
@@ -286,7 +286,13 @@ class Steps:
     self.length = np.array([30, 61])
     dense = [jnp.asarray(x[:, :2]) for x in (self.k, self.v)]
     self.host = CompressedKV(
-      kv, dims(L, N, K, H), (dense[0], dense[1]), None, self.length, np.full(2, 139), num_blocks
+      kv,
+      dims(L, N, K, H),
+      (dense[0], dense[1]),
+      None,
+      self.length,
+      np.full(2, 139),
+      None if num_blocks is None else store_of(kv, dims(L, N, K, H), num_blocks),
     )
     self.state = self.host.state
 
@@ -316,7 +322,7 @@ def test_an_exhausted_pool_is_evicted_before_it_is_an_error() -> None:
   assert use.seen == 30 + 61 + 240 and use.kept < 0.7 * use.seen
   assert sizes == [f._cache_size() for f in programs], "nothing compiles anew"
   tight.host.pool.check()
-  tight.host.release()
+  tight.host.close(tight.state)
   assert tight.host.pool.stats().in_use == 0
 
 
