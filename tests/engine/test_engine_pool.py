@@ -19,7 +19,7 @@ from q4jax_kernels.kv_format import KVFormat
 
 PROTECT = Protect(sink=4, recent=8, grace=0)
 EXACT = KVConfig(KVFormat(32), KVFormat(32), protect=PROTECT, block_size=16)
-CODED = KVConfig(KVFormat(8, 32), KVFormat(4, 32), rotate=True, protect=PROTECT, block_size=16)
+CODED = KVConfig(KVFormat(8, 32), KVFormat(8, 32), rotate=True, protect=PROTECT, block_size=16)
 TEXT = [1, *np.random.default_rng(5).integers(3, 250, 150).tolist()]
 OPTIONS: dict[str, Any] = {"max_tokens": 24, "temperature": 0}
 
@@ -97,8 +97,8 @@ def test_what_does_not_fit_waits(float_model: Model) -> None:
   assert in_use(tight) == 0
   chunks = list(tight.stream(prompts, **OPTIONS))
   assert {c.index for c in chunks if c.finish_reason} == set(range(5))
-  with pytest.raises(PoolExhaustedError, match="prompt 1 of 151 tokens, with 200 to come"):
-    tight.generate([TEXT[:60], TEXT], max_tokens=200)
+  with pytest.raises(PoolExhaustedError, match="prompt 1 of 151 tokens, with 60 to come"):
+    tight.generate([TEXT[:60], TEXT], max_tokens=60)
   assert in_use(tight) == 0
 
 
