@@ -24,7 +24,7 @@ from q4jax_kernels.kv_format import KVFormat
 from q4jax_kernels.kv_pages import Pages
 from q4jax_kernels.paged_attention import Mass, Paged
 
-L, N, K, H, BS, WINDOW = 2, 4, 2, 16, 16, 6
+L, N, K, H, BS, WINDOW = 2, 4, 2, 16, 16, 40
 FLOAT = KVFormat(32)
 KV = KVConfig(
   FLOAT,
