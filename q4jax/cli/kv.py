@@ -51,6 +51,17 @@ def define(flags: absl_flags.FlagValues) -> None:
     "Evict again after so many more tokens of a sequence, a multiple of 32: --keep is then of all "
     "tokens. 0: only the prompt's.",
   )
+  whole(
+    "kv_pool_tokens",
+    0,
+    "Room of the compressed cache, in tokens, for all prompts of a call; those that do not fit wait. "
+    "0: as much as they can need.",
+  )
+  switch(
+    "kv_share_prefixes",
+    "Keep what was read of prompts in the pool, and do not read it again where another begins "
+    "alike, as a conversation's next turn does. Needs --kv_pool_tokens, and no eviction.",
+  )
   switch("kv_mask", "Hide evicted tokens and keep their memory, to compare with.")
 
 
@@ -80,6 +91,23 @@ def config(flags: absl_flags.FlagValues) -> "KVConfig | None":
   if evicts:
     options |= {"policy": get_policy(flags.kv_policy), "select": _select(flags)}
   return KVConfig(**options, protect=protect, mask=flags.kv_mask, evict_every=flags.kv_evict_every)
+
+
+def pool(flags: absl_flags.FlagValues) -> dict[str, Any]:
+  """The arguments of `Engine` that the flags of the pool set.
+
+  Raises:
+    UsageError: there is no compressed cache, or what is shared would be evicted.
+  """
+  asked = [name for name in ("kv_pool_tokens", "kv_share_prefixes") if flags[name].value]
+  if not asked:
+    return {}
+  kv = config(flags)
+  if kv is None:
+    raise UsageError(f"--{asked[0]} is for a compressed cache; give --kv_bits (16 rounds nothing).")
+  if flags.kv_share_prefixes and (kv.policy is not None or not flags.kv_pool_tokens):
+    raise UsageError("--kv_share_prefixes needs --kv_pool_tokens=N, and no --keep or --kv_select.")
+  return {"kv_pool_tokens": flags.kv_pool_tokens, "share_prefixes": flags.kv_share_prefixes}
 
 
 def _formats(flags: absl_flags.FlagValues) -> list[Any]:

@@ -30,6 +30,29 @@ def test_eviction() -> None:
   assert parsed() is None
 
 
+def test_pool() -> None:
+  flags = absl_flags.FlagValues()
+  kv.define(flags)
+  flags(["q4jax", "--kv_bits=4", "--kv_pool_tokens=4096", "--kv_share_prefixes"])
+  assert kv.pool(flags) == {"kv_pool_tokens": 4096, "share_prefixes": True}
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--kv_pool_tokens=64"], "--kv_pool_tokens is for a compressed cache"),
+    (["--kv_bits=4", "--kv_share_prefixes"], "needs --kv_pool_tokens"),
+    (["--keep=0.5", "--kv_pool_tokens=64", "--kv_share_prefixes"], "no --keep"),
+  ],
+)
+def test_pool_misuse(words: list[str], said: str) -> None:
+  flags = absl_flags.FlagValues()
+  kv.define(flags)
+  flags(["q4jax", *words])
+  with pytest.raises(UsageError, match=said):
+    kv.pool(flags)
+
+
 def test_misuse() -> None:
   with pytest.raises(UsageError, match="--kv_evict_every needs --keep=SHARE or --kv_select"):
     parsed("--kv_bits=4", "--kv_evict_every=64")
