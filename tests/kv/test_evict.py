@@ -14,8 +14,8 @@ from q4jax.errors import ConfigError, PoolExhaustedError
 from q4jax.kv import cache as kv_cache
 from q4jax.kv.cache import CompressedKV, most_blocks
 from q4jax.kv.config import KVConfig
-from q4jax.kv.evict import compact
-from q4jax.kv.policy import get_policy
+from q4jax.kv.evict import choose, compact
+from q4jax.kv.policy import get_policy, policy_names
 from q4jax.kv.protect import Protect
 from q4jax.kv.select import MedianStd, Select, TopK, UnionRank
 from q4jax.model.caches import Compressed, Observed
@@ -189,6 +189,28 @@ def test_against_lists_of_tokens(name: str, grace: int, turn: bool, mask: bool) 
   host.close(cache)
   host.pool.check()
   assert host.pool.stats().in_use == 0
+
+
+@pytest.mark.parametrize("name", sorted({type(get_policy(n)): n for n in policy_names()}.values()))
+def test_every_policy_gets_what_it_needs(name: str) -> None:
+  kv, blocks, width = replace(KV, policy=get_policy(name)), 9, 4
+
+  def make() -> Compressed:
+    dense = jnp.zeros((L, B, K, 3 + 4 + BS, H))
+    pages = [
+      Pages.zeros(blocks, K, H, FLOAT, kind=kind, block_size=BS) for kind in ("key", "value")
+    ]
+    whole = (jnp.zeros(s, jnp.int32) for s in ((blocks, BS), (L, B, width), (L, B)))
+    window, mass = kv.decode_window, None
+    if kv.decode_mass:
+      mass = Mass(jnp.zeros((L, B, K, width * BS)), dense[..., 0])
+    observed = Observed(jnp.zeros((L, B, window, N, H)) if window else None, mass)
+    return Compressed(Paged(dense, dense, *pages, *whole, 3, 4), jnp.zeros(B, int), observed, True)
+
+  cache, length, due = jax.eval_shape(lambda: (make(), jnp.zeros(B, int), jnp.ones(B, bool)))
+  keep, counts = jax.eval_shape(partial(choose, kv=kv), cache, length, due)
+  assert (keep.shape, keep.dtype) == ((L, B, width * BS), bool)
+  assert (counts.shape, counts.dtype) == ((L, B), jnp.int32)
 
 
 PACKED = [  # key, value, layout
