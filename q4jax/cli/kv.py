@@ -54,8 +54,8 @@ def define(flags: absl_flags.FlagValues) -> None:
   whole(
     "kv_pool_tokens",
     0,
-    "Room of the compressed cache, in tokens, for all prompts of a call; those that do not fit wait. "
-    "0: as much as they can need.",
+    "Room of the compressed cache, in tokens, for all prompts of a call; those that do not fit "
+    "wait. 0: as much as they can need.",
   )
   switch(
     "kv_share_prefixes",

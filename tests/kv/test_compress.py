@@ -207,8 +207,6 @@ def test_pack(key: KVFormat, value: KVFormat, turn: bool, layout: str, mask: boo
   before = empty(key, value, layout, 64, width)
   after = run(cache, jnp.array(keep), jnp.array(LENGTH), jnp.array(table), before, kv=kv)
 
-  np.testing.assert_array_equal(after.block_table, table)
-  np.testing.assert_array_equal(after.num_blocks, counts)
   positions = np.full((64, 16), -1)
   x = [rotate(c) if turn else c for c in cache]
   whole = [as_stored(c, f) for c, f in zip(x, (key, value), strict=True)]  # [L, B, K, S, ..]
