@@ -11,6 +11,7 @@ import numpy as np
 from q4jax.config import LlamaConfig
 from q4jax.kv.cache import CompressedKV
 from q4jax.kv.config import KVConfig
+from q4jax.kv.store import KVStore
 from q4jax.model.caches import Compressed, KVCache, Recording, Span, attend
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
@@ -88,6 +89,10 @@ def attend_all(
   return jnp.stack(outs), new
 
 
+def store_of(kv: KVConfig, config: LlamaConfig, num_blocks: int) -> KVStore:
+  return KVStore(kv, config, num_blocks, jax.devices()[0])
+
+
 @dataclass
 class Decoding:
   """A model's batch of unequal rows, prefilled densely and stepped through a cache.
@@ -123,7 +128,8 @@ class Decoding:
       return cls(model, length, state, None)
     cache, queries = (state.cache, state.queries) if window else (state, None)
     rooms = np.full(len(length), room)
-    compressed = CompressedKV(kv, model.config, cache, queries, length, rooms, num_blocks)
+    store = None if num_blocks is None else store_of(kv, model.config, num_blocks)
+    compressed = CompressedKV(kv, model.config, cache, queries, length, rooms, store)
     return cls(model, length, compressed.state, compressed)
 
   def step(self, token: np.ndarray, running: np.ndarray | None = None) -> np.ndarray:

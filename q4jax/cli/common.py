@@ -150,7 +150,13 @@ def make_engine(model: "Model", flags: absl_flags.FlagValues) -> "Engine":
   """An engine with the model and the flags of `define_engine`."""
   from q4jax.engine import Engine
 
-  return Engine(model, max_context=flags.max_context, kv_dtype=flags.kv_dtype, kv=kv.config(flags))
+  return Engine(
+    model,
+    max_context=flags.max_context,
+    kv_dtype=flags.kv_dtype,
+    kv=kv.config(flags),
+    **kv.pool(flags),
+  )
 
 
 def watched(flags: absl_flags.FlagValues) -> bool:

@@ -33,7 +33,7 @@ def define(flags: absl_flags.FlagValues) -> None:
   whole("kv_group", 32, "Numbers that share a scale, a divisor of the head; 0 for a whole head.")
   switch("kv_symmetric", "Codes around zero, without minimums.")
   switch("kv_rotate", "Rotate heads (Hadamard) before they are stored: 4 bits lose less.")
-  number("keep", None, "Share of the prompt's tokens that stay, 0 to 1: evicts the others.")
+  number("keep", None, "Share of the tokens that stay, 0 to 1: evicts the others.")
   text("kv_policy", "snapkv", "What scores tokens; `--kv_policy=?` lists all.")
   text(
     "kv_select",
@@ -45,6 +45,23 @@ def define(flags: absl_flags.FlagValues) -> None:
   number("kv_quantile", 0.75, "Quantile above which a token must score; top_p's p.")
   whole("kv_sink", 4, "First tokens, which always stay.")
   whole("kv_recent", 64, "Newest tokens, which always stay, in floats.")
+  whole(
+    "kv_evict_every",
+    0,
+    "Evict again after so many more tokens of a sequence, a multiple of 32: --keep is then of all "
+    "tokens. 0: only the prompt's.",
+  )
+  whole(
+    "kv_pool_tokens",
+    0,
+    "Room of the compressed cache, in tokens, for all prompts of a call; those that do not fit "
+    "wait. 0: as much as they can need.",
+  )
+  switch(
+    "kv_share_prefixes",
+    "Keep what was read of prompts in the pool, and do not read it again where another begins "
+    "alike, as a conversation's next turn does. Needs --kv_pool_tokens, and no eviction.",
+  )
   switch("kv_mask", "Hide evicted tokens and keep their memory, to compare with.")
 
 
@@ -55,7 +72,7 @@ def config(flags: absl_flags.FlagValues) -> "KVConfig | None":
     UsageError, ConfigError: a value that no cache can have.
   """
   evicts = flags.keep is not None or flags["kv_select"].present
-  asked = ("kv_policy", "kv_alpha", "kv_quantile", "kv_mask")
+  asked = ("kv_policy", "kv_alpha", "kv_quantile", "kv_mask", "kv_evict_every")
   if flags.kv_policy == "?":
     from q4jax.kv.policy import policy_names
 
@@ -73,7 +90,24 @@ def config(flags: absl_flags.FlagValues) -> "KVConfig | None":
   options: dict[str, Any] = {"key": key, "value": value, "rotate": flags.kv_rotate}
   if evicts:
     options |= {"policy": get_policy(flags.kv_policy), "select": _select(flags)}
-  return KVConfig(**options, protect=protect, mask=flags.kv_mask)
+  return KVConfig(**options, protect=protect, mask=flags.kv_mask, evict_every=flags.kv_evict_every)
+
+
+def pool(flags: absl_flags.FlagValues) -> dict[str, Any]:
+  """The arguments of `Engine` that the flags of the pool set.
+
+  Raises:
+    UsageError: there is no compressed cache, or what is shared would be evicted.
+  """
+  asked = [name for name in ("kv_pool_tokens", "kv_share_prefixes") if flags[name].value]
+  if not asked:
+    return {}
+  kv = config(flags)
+  if kv is None:
+    raise UsageError(f"--{asked[0]} is for a compressed cache; give --kv_bits (16 rounds nothing).")
+  if flags.kv_share_prefixes and (kv.policy is not None or not flags.kv_pool_tokens):
+    raise UsageError("--kv_share_prefixes needs --kv_pool_tokens=N, and no --keep or --kv_select.")
+  return {"kv_pool_tokens": flags.kv_pool_tokens, "share_prefixes": flags.kv_share_prefixes}
 
 
 def _formats(flags: absl_flags.FlagValues) -> list[Any]:

@@ -58,12 +58,14 @@ class Speed:
   """What one call of the engine took. Seconds without compiling, but for `first_token_s`.
 
   Attributes:
+    shared_tokens: of the prompt's, those that were in the cache already and were not read.
     first_token_s: from the call to its first token, compiling included: what the user waited.
     compile_s: of it all, the seconds of compiling, which a second call would not spend.
     peak_rss_bytes: of the process, so far.
   """
 
   prompt_tokens: int
+  shared_tokens: int
   prefill_s: float
   prefill_tokens_per_s: float
   first_token_s: float
@@ -83,8 +85,9 @@ class Speed:
     decode_s = max(timing.decode_s - compile_decode, 0.0)
     return cls(
       prompt_tokens=timing.prompt_tokens,
+      shared_tokens=timing.shared_tokens,
       prefill_s=prefill_s,
-      prefill_tokens_per_s=_rate(timing.prompt_tokens, prefill_s),
+      prefill_tokens_per_s=_rate(timing.prompt_tokens - timing.shared_tokens, prefill_s),
       first_token_s=timing.first_token_s,
       decoded_tokens=timing.decoded_tokens,
       decode_s=decode_s,
@@ -99,8 +102,9 @@ class Speed:
 
   def line(self) -> str:
     """The closing line of a command."""
+    shared = f" ({self.shared_tokens} shared)" if self.shared_tokens else ""
     return (
-      f"prefill {self.prompt_tokens} tokens, {self.prefill_tokens_per_s:.1f} tok/s | "
+      f"prefill {self.prompt_tokens} tokens{shared}, {self.prefill_tokens_per_s:.1f} tok/s | "
       f"decode {self.decoded_tokens} tokens, {self.decode_tokens_per_s:.1f} tok/s | "
       f"first token after {self.first_token_s:.2f} s ({self.compile_s:.2f} s compiling in all) | "
       f"peak memory {size(self.peak_rss_bytes)}"

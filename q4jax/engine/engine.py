@@ -2,19 +2,24 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from q4jax.engine.programs import MAX_LOGPROBS, Output, Programs, State, new_state
+from q4jax.engine.prefill import bucket, prefill
+from q4jax.engine.programs import MAX_LOGPROBS, Output, Programs, State
+from q4jax.engine.results import Chunk, Completion, Timing, logprobs_of
 from q4jax.engine.sampling import SamplingArrays, SamplingParams
 from q4jax.engine.text import TextAssembler
-from q4jax.errors import ConfigError, PromptError
-from q4jax.kv.cache import CompressedKV, KVUsage
+from q4jax.errors import ConfigError, PoolExhaustedError, PromptError
+from q4jax.kv.cache import CompressedKV, blocks_for
 from q4jax.kv.config import KVConfig
+from q4jax.kv.stats import PoolStats
+from q4jax.kv.store import KVStore, Prefixes
 from q4jax.model.caches import Compressed, Recording
 from q4jax.model.model import Model
 
@@ -22,78 +27,6 @@ Prompt = str | Sequence[int]
 
 # A batch's stop tokens are padded to a multiple of this with ids that no token has.
 _STOP_BUCKET = 8
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-  """Log-probabilities under the model, before penalties and temperature.
-
-  Attributes:
-    token: the sampled token; logprob: its natural-log probability.
-    top: the likeliest (token, logprob) pairs, best first, as many as were asked for.
-  """
-
-  token: int
-  logprob: float
-  top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Chunk:
-  """One sampled token of one sequence, and the text that it completed.
-
-  Attributes:
-    index: which prompt of the batch.
-    token: its id; None in a closing chunk that only carries held-back text.
-    text: new text, never half a UTF-8 character nor part of a stop string.
-    finish_reason: None, or on the last chunk "stop" (a stop token or string) or "length".
-  """
-
-  index: int
-  token: int | None
-  text: str
-  logprobs: TokenLogprobs | None = None
-  finish_reason: str | None = None
-
-
-@dataclass
-class Timing:
-  """Where one call's time went. Seconds; tokens of all sequences together."""
-
-  prompt_tokens: int = 0
-  prefill_s: float = 0.0
-  first_token_s: float = 0.0
-  decoded_tokens: int = 0
-  decode_s: float = 0.0
-  kv: KVUsage | None = None  # what a compressed cache held in the end
-
-  @property
-  def prefill_rate(self) -> float:
-    """Prompt tokens a second."""
-    return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
-
-  @property
-  def decode_rate(self) -> float:
-    """Tokens a second after the first of each sequence."""
-    return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
-
-
-@dataclass
-class Completion:
-  """What one prompt was answered with.
-
-  Attributes:
-    text: without the prompt, the stop token or the stop string.
-    tokens: every sampled token, the stop token included.
-    finish_reason: "stop" or "length".
-  """
-
-  text: str
-  tokens: list[int]
-  finish_reason: str
-  prompt_tokens: int
-  timing: Timing
-  logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Engine:
@@ -105,6 +38,13 @@ class Engine:
     kv_dtype: the KV cache's type, "f16", "bf16" or "f32"; None takes f16 on a CPU, else bf16.
     kv: how the cache is compressed when the prompts have been read; not at all if None. While they
       are read it is dense.
+    kv_pool_tokens: room in the blocks of the compressed cache, in tokens of all layers, for all
+      prompts of a call together; those that do not fit wait for others to finish. Blocks stay
+      allocated between calls. None takes what each call can need, for as long as it runs.
+    share_prefixes: keep what has been read of prompts in the pool, while there is room, and read
+      only the rest of those that begin alike; prompts of one call share blocks too. What is found
+      there has been rounded as `kv` says. Only without eviction.
+    prefix_ttl_s: seconds after which an unused prefix is forgotten; None for no limit.
     prefill_chunk: most prompt tokens of a sequence in one program call; a longer prompt takes
       several. A power of two.
 
@@ -119,6 +59,9 @@ class Engine:
     max_context: int | None = None,
     kv_dtype: str | None = None,
     kv: KVConfig | None = None,
+    kv_pool_tokens: int | None = None,
+    share_prefixes: bool = False,
+    prefix_ttl_s: float | None = None,
     prefill_chunk: int = 512,
   ) -> None:
     limit = model.config.context_length
@@ -139,6 +82,23 @@ class Engine:
     self.model, self.kv = model, kv
     self.kv_dtype = dtypes[name]
     self.prefill_chunk = prefill_chunk
+    self.share_prefixes = share_prefixes
+    self._store: KVStore | None = None
+    if kv_pool_tokens is not None and kv is not None:
+      blocks = -(-kv_pool_tokens // kv.block_size) * model.config.num_layers
+      self._store = KVStore(kv, model.config, blocks + 1, self._device, prefix_ttl_s)
+    elif kv_pool_tokens is not None:
+      raise ConfigError("kv_pool_tokens is for a compressed cache; give kv too.")
+    if share_prefixes and (self._store is None or kv is None or kv.policy is not None):
+      raise ConfigError(
+        "share_prefixes needs kv_pool_tokens, and a kv without a policy: what eviction leaves of a "
+        "prompt depends on what follows."
+      )
+
+  @property
+  def pool_stats(self) -> PoolStats | None:
+    """What is in the pool that `kv_pool_tokens` made."""
+    return None if self._store is None else self._store.pool.stats()
 
   def generate(
     self,
@@ -254,89 +214,123 @@ class Engine:
     logprobs: int | None,
     timing: Timing,
   ) -> Iterator[Chunk]:
-    began = time.perf_counter()
-    batch = _bucket(len(ids))
     limits = [min(max_tokens, self.max_context - len(row)) for row in ids]
-    slots = _bucket(max(len(r) + n for r, n in zip(ids, limits, strict=True)), least=256)
+    for rows in self._turns(ids, limits):
+      some = [ids[i] for i in rows], [limits[i] for i in rows]
+      seeds = [(params.seed + i) % 2**32 for i in rows]
+      with nullcontext() if self._store is None else self._store.borrowed():
+        for chunk in self._batch(*some, params, seeds, stops, logprobs, timing):
+          yield replace(chunk, index=rows[chunk.index])
+
+  def _turns(self, ids: list[np.ndarray], limits: list[int]) -> list[range]:
+    """Which prompts run side by side: all of them, or as many as the pool has room for."""
+    if self._store is None or self.kv is None:
+      return [range(len(ids))]
+    lengths = np.array([len(row) for row in ids])
+    most = blocks_for(self.kv, lengths, np.array(limits)) * self.model.config.num_layers
+    total = self._store.num_blocks - 1
+    turns, begin = [], 0
+    for i, needed in enumerate(most):
+      if needed > total:
+        raise PoolExhaustedError(
+          f"prompt {i} of {lengths[i]} tokens, with {limits[i]} to come, may need {needed} KV "
+          f"blocks; the pool has {total}. Make kv_pool_tokens larger, or ask for fewer tokens."
+        )
+      if most[begin : i + 1].sum() > total:
+        turns.append(range(begin, i))
+        begin = i
+    return [*turns, range(begin, len(ids))]
+
+  def _batch(
+    self,
+    ids: list[np.ndarray],
+    limits: list[int],
+    params: SamplingParams,
+    seeds: list[int],
+    stops: tuple[str, ...],
+    logprobs: int | None,
+    timing: Timing,
+  ) -> Iterator[Chunk]:
+    began = time.perf_counter()
+    batch = bucket(len(ids))
+    padding = batch - len(ids)
+    slots = bucket(max(len(r) + n for r, n in zip(ids, limits, strict=True)), least=256)
     programs = Programs.of(self.model, logprobs=logprobs is not None)
     leaves = self.model.leaves
-    rows = [replace(params, seed=(params.seed + i) % 2**32) for i in range(batch)]
+    rows = [replace(params, seed=seed) for seed in seeds + [0] * padding]
     arrays = SamplingArrays.of(rows)
     stop_ids = self._stop_ids()
-    limit = jnp.asarray(limits + [0] * (batch - len(ids)), jnp.int32)
+    room = np.array(limits + [0] * padding)
 
-    state, hidden = self._prefill(programs, ids, batch, slots)
-    lengths = [len(row) for row in ids] + [0] * (batch - len(ids))
+    prefixes = self._store.prefixes(ids) if self._store and self.share_prefixes else None
+    try:
+      state, hidden = prefill(self, programs, ids, batch, slots, prefixes, self._store)
+    except BaseException:
+      if self._store and prefixes:
+        self._store.pool.release(prefixes.references)
+      raise
+    lengths = np.array([len(row) for row in ids] + [0] * padding)
     compressed = None
     if self.kv is not None:
-      room = np.array(limits + [0] * (batch - len(ids)))
-      compressed = self.compress(state, np.array(lengths), room)
+      compressed = self.compress(state, lengths, room, self._store, prefixes)
       state = replace(state, cache=compressed.state)
       timing.kv = compressed.usage
+    limit = jnp.asarray(room, jnp.int32)
     state, output = programs.first(leaves, state, hidden, arrays, limit, stop_ids)
     output.token.block_until_ready()
-    timing.prompt_tokens = sum(map(len, ids))
-    timing.prefill_s = timing.first_token_s = time.perf_counter() - began
+    known = 0 if prefixes is None else int(prefixes.tokens.sum())
+    timing.prefilled(sum(map(len, ids)), known, time.perf_counter() - began)
 
     texts = [TextAssembler(self.model.tokenizer, stops) for _ in ids]
     open_rows = set(range(len(ids)))
-    began = time.perf_counter()
-    for step in range(max(limits)):
-      # The next step is under way while this one's token is read and turned into text.
-      ahead = None
-      if step + 1 < max(limits):
+    before, began = timing.decode_s, time.perf_counter()
+    try:
+      for step in range(max(limits)):
+        # The next step is under way while this one's token is read and turned into text.
+        ahead, running = None, np.zeros(batch, bool)
+        if step + 1 < max(limits):
+          if compressed is not None:
+            assert isinstance(state.cache, Compressed)
+            running = np.array([b in open_rows and step + 1 < room[b] for b in range(batch)])
+            state = replace(state, cache=compressed.before_step(state.cache, state.length, running))
+          state, ahead = programs.decode(leaves, state, arrays, stop_ids)
+        tokens = np.asarray(output.token)
         if compressed is not None:
-          assert isinstance(state.cache, Compressed)
-          running = np.array([b in open_rows and step + 1 < limits[b] for b in range(batch)])
-          state = replace(state, cache=compressed.before_step(state.cache, state.length, running))
+          compressed.take_back(running & np.isin(tokens, list(self.model.tokenizer.stop_ids)))
           timing.kv = compressed.usage
-        state, ahead = programs.decode(leaves, state, arrays, stop_ids)
-      tokens = np.asarray(output.token)
-      for row in sorted(open_rows):
-        chunk = self._chunk(row, int(tokens[row]), output, texts[row], step, limits[row], logprobs)
-        if chunk.finish_reason is not None:
-          open_rows.discard(row)
-        if step:
-          timing.decoded_tokens += 1
-          timing.decode_s = time.perf_counter() - began
-        yield chunk
-      if not open_rows or ahead is None:
-        return
-      output = ahead
+        for row in sorted(open_rows):
+          token = int(tokens[row])
+          chunk = self._chunk(row, token, output, texts[row], step, limits[row], logprobs)
+          if chunk.finish_reason is not None:
+            open_rows.discard(row)
+          if step:
+            timing.decoded_tokens += 1
+            timing.decode_s = before + time.perf_counter() - began
+          yield chunk
+        if not open_rows or ahead is None:
+          return
+        output = ahead
+    finally:
+      if compressed is not None and self._store is not None:
+        assert isinstance(state.cache, Compressed)
+        compressed.close(state.cache)
 
-  def _prefill(
-    self, programs: Programs, ids: list[np.ndarray], batch: int, slots: int
-  ) -> tuple[State, jax.Array]:
-    """Runs all prompts through, in chunks; returns the state and each prompt's last hidden."""
-    config = self.model.config
-    window = 0 if self.kv is None else self.kv.window(slots)
-    # Placed where the programs' results will be: else the second call would compile again.
-    state, hidden = jax.device_put(
-      (
-        new_state(config, batch, slots, self.kv_dtype, window),
-        jnp.zeros((batch, config.d_model), jnp.float32),
-      ),
-      self._device,
-    )
-    longest = max(map(len, ids))
-    for begin in range(0, longest, self.prefill_chunk):
-      width = min(self.prefill_chunk, _bucket(longest - begin, least=16))
-      tokens = np.zeros((batch, width), np.int32)
-      count = np.zeros(batch, np.int32)
-      for b, row in enumerate(ids):
-        part = row[begin : begin + width]
-        tokens[b, : len(part)], count[b] = part, len(part)
-      state, hidden = programs.prefill(self.model.leaves, state, tokens, count, hidden)
-    return state, hidden
-
-  def compress(self, state: State, lengths: np.ndarray, room: np.ndarray) -> CompressedKV:
+  def compress(
+    self,
+    state: State,
+    lengths: np.ndarray,
+    room: np.ndarray,
+    store: KVStore | None = None,
+    prefixes: Prefixes | None = None,
+  ) -> CompressedKV:
     """What a prefilled state holds, compressed as `kv` says; `room` tokens a row are to come."""
     assert self.kv is not None
     cache, queries = state.cache, None
     if isinstance(cache, Recording):
       queries, cache = cache.queries, cache.cache
     assert isinstance(cache, tuple)
-    return CompressedKV(self.kv, self.model.config, cache, queries, lengths, room)
+    config = self.model.config
+    return CompressedKV(self.kv, config, cache, queries, lengths, room, store, prefixes)
 
   def _chunk(
     self,
@@ -355,21 +349,13 @@ class Engine:
       new += text.flush()
       # A stop string may be completed by what was held back.
       reason = "stop" if text.stopped else reason
-    report = None if logprobs is None else _logprobs(output, row, token, logprobs)
+    report = None if logprobs is None else logprobs_of(output, row, token, logprobs)
     return Chunk(row, token, new, report, reason)
 
   def _stop_ids(self) -> jax.Array:
     stops = sorted(self.model.tokenizer.stop_ids)
     padding = [-1] * (-len(stops) % _STOP_BUCKET or (0 if stops else _STOP_BUCKET))
     return jnp.asarray(stops + padding, jnp.int32)
-
-
-def _logprobs(output: Output, row: int, token: int, count: int) -> TokenLogprobs:
-  assert output.logprob is not None and output.top_ids is not None
-  assert output.top_logprobs is not None
-  ids, values = np.asarray(output.top_ids[row]), np.asarray(output.top_logprobs[row])
-  top = tuple((int(i), float(v)) for i, v in zip(ids[:count], values[:count], strict=True))
-  return TokenLogprobs(token, float(output.logprob[row]), top)
 
 
 def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
@@ -384,8 +370,3 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
   if any(not isinstance(s, str) or not s for s in stops):
     raise ConfigError(f"stop is {stop!r}; expected one or more non-empty strings.")
   return stops
-
-
-def _bucket(n: int, least: int = 1) -> int:
-  """The smallest power of two that is at least n and `least`."""
-  return max(least, 1 << (n - 1).bit_length())

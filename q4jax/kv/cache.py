@@ -1,5 +1,6 @@
 """The host's side of a compressed cache: which blocks belong to whom, and when that changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,24 +9,47 @@ import jax.numpy as jnp
 import numpy as np
 
 from q4jax.config import LlamaConfig
-from q4jax.kv.compress import decide, pack, spilled_after
+from q4jax.errors import PoolExhaustedError
+from q4jax.kv.compress import Decision, decide, pack, spilled_after
 from q4jax.kv.config import KVConfig
+from q4jax.kv.evict import choose, compact, hide
+from q4jax.kv.observed import observe, spill_mass
 from q4jax.kv.pool import BlockPool
+from q4jax.kv.store import KVStore, Prefixes
 from q4jax.model.caches import Compressed
-from q4jax_kernels import ffi
 from q4jax_kernels.attention import Cache
-from q4jax_kernels.kv_pages import LANES, Pages
 from q4jax_kernels.paged_attention import Paged, spill
 
 _decide = jax.jit(decide, static_argnames="kv")
-_pack = jax.jit(pack, static_argnames="kv", donate_argnames="paged")
+_choose = jax.jit(choose, static_argnames="kv")
+_compact = jax.jit(compact, donate_argnames="cache")
+_hide = jax.jit(hide, donate_argnames="cache")
+
+
+@partial(jax.jit, static_argnames="kv", donate_argnames="paged")
+def _pack(
+  cache: Cache,
+  decision: Decision,
+  queries: jax.Array | None,
+  length: jax.Array,
+  table: jax.Array,
+  paged: Paged,
+  kv: KVConfig,
+) -> Compressed:
+  paged = pack(cache, decision.keep, length, table, paged, kv)
+  observed = observe(decision, queries, length, table.shape[2], kv)
+  return Compressed(paged, spilled_after(length, kv), observed, kv.rotate)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _spill(cache: Compressed, length: jax.Array, table: jax.Array, active: jax.Array) -> Compressed:
-  paged = replace(cache.paged, block_table=table)
-  paged, spilled = spill(paged, length, cache.spilled, active)
-  return replace(cache, paged=paged, spilled=spilled)
+  before = replace(cache.paged, block_table=table)
+  paged, spilled = spill(before, length, cache.spilled, active)
+  observed = cache.observed
+  if observed.mass is not None:
+    mass = spill_mass(observed.mass, before, length, cache.spilled, active)
+    observed = replace(observed, mass=mass)
+  return replace(cache, paged=paged, spilled=spilled, observed=observed)
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,7 @@ class KVUsage:
   Attributes:
     seen: tokens of all sequences.
     kept: mean over layers of the tokens that attention still sees, dense ones included.
-    blocks: kv blocks in use.
+    blocks: kv blocks in use, each counted once.
     block_bytes: bytes of these blocks, scales and positions included.
     dense_bytes: bytes of sinks and rings.
     float16_bytes: bytes that a float16 cache of all tokens seen would have.
@@ -68,10 +92,11 @@ class CompressedKV:
     queries: as `decide` wants them.
     length: tokens of each row's prompt; 0 for a row of padding.
     room: tokens that each row may decode.
-    num_blocks: of the pool, the null block included; None for as many as this batch can need.
+    store: where the blocks are; one of its own, of as many as this batch can need, if None.
+    prefixes: what the rows begin with, of this store; nothing is known of them if None.
 
   Raises:
-    PoolExhaustedError: the pool has fewer blocks than the prompts need.
+    PoolExhaustedError: the store has fewer blocks than the prompts need; nothing was taken.
   """
 
   def __init__(
@@ -82,104 +107,172 @@ class CompressedKV:
     queries: jax.Array | None,
     length: np.ndarray,
     room: np.ndarray,
-    num_blocks: int | None = None,
+    store: KVStore | None = None,
+    prefixes: Prefixes | None = None,
   ) -> None:
     kv.check(config)
     self.kv, self.config = kv, config
     self._length, self._started = length.astype(np.int64), length > 0
+    self._evicted = self._length  # tokens seen when the row's last turn to be evicted was
     self._spilled = np.asarray(spilled_after(self._length, kv))
-    keep = _decide(cache, queries, jnp.asarray(length, jnp.int32), kv=kv)
-    self._kept = np.asarray(keep.sum(-1))  # [L, B]
+    decision = _decide(cache, queries, jnp.asarray(length, jnp.int32), kv=kv)
+    self._kept = np.array(decision.keep.sum(-1))  # [L, B]
     stored = np.broadcast_to(self._spilled, self._kept.shape) if kv.mask else self._kept
     counts = -(-stored // kv.block_size)
-    last = np.asarray(spilled_after(self._length + room, kv))
-    growth = np.where(self._started, (last - self._spilled) // kv.block_size, 0)
-    width = _bucket(int((counts + growth).max()) + 1)
-    needed = 1 + int((counts + growth).sum())
-    self.num_blocks = _pool_size(needed) if num_blocks is None else num_blocks
-    self.pool = BlockPool(self.num_blocks)
+    most = most_blocks(kv, self._length, np.where(self._started, room, 0), counts)
+    width = _bucket(int(most.max()) + 1)
+    device = next(iter(cache[0].devices()))
+    if store is None:
+      store = KVStore(kv, config, _pool_size(1 + int(most.sum())), device)
+    self.store = store
     self.table = np.zeros((*counts.shape, width), np.int32)
     self._counts = np.zeros_like(counts)
-    self._append(counts)
-    device = next(iter(cache[0].devices()))
-    paged = jax.device_put(self._empty(cache[0].dtype, width), device)
-    paged = _pack(
-      cache, keep, jnp.asarray(length, jnp.int32), jnp.asarray(self.table), paged, kv=kv
-    )
-    spilled = jax.device_put(self._spilled.astype(np.int32), device)
-    self.state = Compressed(paged, spilled, kv.rotate)
-
-  def _empty(self, dtype: jnp.dtype, width: int) -> Paged:
-    kv, config, batch = self.kv, self.config, len(self._length)
-    on_cpu = jax.default_backend() == "cpu" and ffi.available()
-    layout = "x16" if on_cpu and config.head_dim % LANES == 0 else "rows"
-    pages = partial(
-      Pages.zeros,
-      self.num_blocks,
-      config.num_kv_heads,
-      config.head_dim,
-      layout=layout,
-      block_size=kv.block_size,
-    )
-    dense = (
-      config.num_layers,
-      batch,
-      config.num_kv_heads,
-      kv.protect.sink + kv.protect.recent + kv.block_size,
-      config.head_dim,
-    )
-    table = (config.num_layers, batch, width)
-    return Paged(
-      jnp.zeros(dense, dtype),
-      jnp.zeros(dense, dtype),
-      pages(kv.key, kind="key"),
-      pages(kv.value, kind="value"),
-      jnp.full((self.num_blocks, kv.block_size), -1, jnp.int32),
-      jnp.zeros(table, jnp.int32),
-      jnp.zeros(table[:2], jnp.int32),
+    self._shared = 0  # blocks that the counts have more than once
+    if prefixes is None:
+      self._append(counts, self.pool.allocate(int(counts.sum())))
+      fresh = self.table
+    else:
+      fresh = self._share(counts, prefixes)
+    k, v = jax.device_put(self._dense(cache[0].dtype), device)
+    keys, values, slot_pos = store.take()
+    paged = Paged(
+      k,
+      v,
+      keys,
+      values,
+      slot_pos,
+      jnp.asarray(self.table),
+      jnp.asarray(self._counts, jnp.int32),
       kv.protect.sink,
       kv.protect.recent,
     )
+    self.state = _pack(
+      cache, decision, queries, jnp.asarray(length, jnp.int32), jnp.asarray(fresh), paged, kv=kv
+    )
 
-  def _append(self, counts: np.ndarray) -> None:
-    """Takes `counts` [L, B] more blocks and puts them at the ends of the tables. All or nothing."""
-    ids = iter(self.pool.allocate(int(counts.sum())))
+  def _dense(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    c, protect = self.config, self.kv.protect
+    slots = protect.sink + protect.recent + self.kv.block_size
+    shape = (c.num_layers, len(self._length), c.num_kv_heads, slots, c.head_dim)
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+  @property
+  def pool(self) -> BlockPool:
+    return self.store.pool
+
+  def _share(self, counts: np.ndarray, prefixes: Prefixes) -> np.ndarray:
+    """Fills the table with known blocks, and new ones [L, B, P] that are still to be written."""
+    fresh = np.zeros_like(self.table)
+    of_name: dict[bytes, int] = {}
+    again: list[int] = []  # of rows before
+    new: list[tuple[int, int, int, bytes]] = []
+    same: list[tuple[int, int, int, bytes]] = []
+    for row, (found, names) in enumerate(zip(prefixes.blocks, prefixes.names, strict=True)):
+      known = found.shape[1]
+      self.table[:, row, :known] = found
+      for i in range(known, counts[0, row]):
+        for layer, name in enumerate(names[i]):
+          (same if name in of_name else new).append((layer, row, i, name))
+          of_name.setdefault(name, 0)
+    try:
+      blocks = self.pool.allocate(len(new))
+    except PoolExhaustedError:
+      self.pool.release(prefixes.references)
+      raise
+    for (layer, row, i, name), block in zip(new, blocks, strict=True):
+      self.table[layer, row, i] = fresh[layer, row, i] = of_name[name] = block
+      self.pool.publish(block, name)  # Nobody can look before it is written: see KVStore.borrowed.
+    for layer, row, i, name in same:
+      self.table[layer, row, i] = of_name[name]
+      again.append(of_name[name])
+    self.pool.retain(again)
+    self._counts += counts
+    self._shared = int(counts.sum()) - np.unique(self.table[self.table > 0]).size
+    return fresh
+
+  def _append(self, counts: np.ndarray, ids: Sequence[int]) -> None:
+    """Puts `counts` [L, B] more blocks at the ends of the tables."""
+    # A copy: on CPUs the device may be reading the old one as it lies.
+    more, self.table = iter(ids), self.table.copy()
     for layer, row in np.argwhere(counts):
       at = self._counts[layer, row]
       self.table[layer, row, at : at + counts[layer, row]] = [
-        next(ids) for _ in range(counts[layer, row])
+        next(more) for _ in range(counts[layer, row])
       ]
     self._counts += counts
 
   def before_step(self, cache: Compressed, length: jax.Array, running: np.ndarray) -> Compressed:
     """The cache with room for one more token of each row that is `running` (bool[B]).
 
-    Costs nothing but where a ring is full, which is every block_size tokens of a row.
+    Costs nothing but where a ring is full, which is every block_size tokens of a row, and where a
+    row is to be evicted. `length` is int32[B], tokens seen.
 
     Raises:
-      PoolExhaustedError: no blocks are left; the cache is as it was.
+      PoolExhaustedError: no blocks are left, nor does evicting free them; the cache is as it was.
     """
     kv, running = self.kv, running & self._started
     ring = kv.protect.recent + kv.block_size
     full = running & (self._length - kv.protect.sink - self._spilled >= ring)
-    if full.any():
-      self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64))  # may fail, so first
+    needed = int(full.sum()) * len(self._counts)
+    holds: np.ndarray = np.any(self._counts, axis=0)
+    turn = running & (self._length - self._evicted >= (kv.evict_every or np.inf))
+    due = turn & holds
+    if kv.evict_every and needed > self.pool.stats().free:
+      due = holds
+    blocks: list[int] = []
+    if due.any():
+      cache, blocks = self._evict(cache, length, due, needed)
+    elif needed:
+      blocks = self.pool.allocate(needed)
+    if needed:
+      self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64), blocks)
       self._kept = self._kept + kv.block_size * full
       self._spilled = self._spilled + kv.block_size * full
       cache = _spill(cache, length, jnp.asarray(self.table), jnp.asarray(full))
+    self._evicted = np.where(turn, self._length, self._evicted)
     self._length = self._length + running
     return cache
 
-  def release(self) -> None:
-    """Gives all blocks back to the pool."""
-    for layer, row in np.argwhere(self._counts):
-      self.pool.release(self.table[layer, row, : self._counts[layer, row]].tolist())
-    self._counts[:] = 0
+  def _evict(
+    self, cache: Compressed, length: jax.Array, due: np.ndarray, needed: int
+  ) -> tuple[Compressed, list[int]]:
+    """Evicts the rows that are due; also gives `needed` blocks, of those that this frees if it can.
+
+    PoolExhaustedError if there are not so many; nothing has changed then.
+    """
+    keep, counts = _choose(cache, length, jnp.asarray(due), kv=self.kv)
+    kept = np.where(due, counts, self._kept)
+    if self.kv.mask:
+      blocks = self.pool.allocate(needed)
+      self._kept = kept
+      return _hide(cache, keep), blocks
+    left = np.where(due, -(-kept // self.kv.block_size), self._counts)
+    freed = [
+      block
+      for layer, row in np.argwhere(left < self._counts)
+      for block in self.table[layer, row, left[layer, row] : self._counts[layer, row]].tolist()
+    ]
+    blocks = freed[:needed] + self.pool.allocate(max(0, needed - len(freed)))
+    self.table = self.table * (np.arange(self.table.shape[2]) < left[..., None])
+    self._kept, self._counts = kept, left
+    cache = _compact(cache, keep, jnp.asarray(self.table), jnp.asarray(due))
+    self.pool.release(freed[needed:])
+    return cache, blocks
+
+  def take_back(self, rows: np.ndarray) -> None:
+    """Tells that the last step of these rows (bool[B]) stored nothing: they had stopped before."""
+    self._length = self._length - rows
+
+  def close(self, cache: Compressed) -> None:
+    """Gives all blocks, and the arrays of the cache as it is now, back to the store."""
+    paged, in_order = cache.paged, self.table[self.table > 0].tolist()
+    self.store.put((paged.key_pages, paged.value_pages, paged.slot_pos), in_order)
+    self._counts[:], self.table = 0, np.zeros_like(self.table)
 
   @property
   def usage(self) -> KVUsage:
     c, paged = self.config, self.state.paged
-    blocks = int(self._counts.sum())
+    blocks = int(self._counts.sum()) - self._shared
     pages = paged.key_pages.nbytes + paged.value_pages.nbytes + paged.slot_pos.nbytes
     dense = self._length - self._spilled
     rows = self._started.sum() / len(self._length)
@@ -187,10 +280,46 @@ class CompressedKV:
       seen=int(self._length.sum()),
       kept=float(self._kept.mean(axis=0).sum() + dense[self._started].sum()),
       blocks=blocks,
-      block_bytes=pages // self.num_blocks * blocks,
+      block_bytes=pages // self.store.num_blocks * blocks,
       dense_bytes=int((paged.k.nbytes + paged.v.nbytes) * rows),
       float16_bytes=int(self._length.sum()) * 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim,
     )
+
+
+def most_blocks(
+  kv: KVConfig, length: np.ndarray, room: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+  """int[L, B]: the most blocks that sequences can come to.
+
+  Args:
+    length, room: int[B], tokens of the prompts, and tokens that may follow.
+    counts: int[L, B], blocks after the prompts.
+  """
+  size, end = kv.block_size, length + room
+  spilled, last = (np.asarray(spilled_after(n, kv)) for n in (length, end))
+  all_stay = counts + (last - spilled) // size
+  most = kv.select.most(end)
+  if not kv.evict_every or kv.mask or most is None:
+    return all_stay
+  # Of what stays at least so much is in the dense part; but what is young, by grace, is not chosen.
+  stay = np.maximum(most - kv.protect.sink - kv.protect.recent, 0)
+  stay = np.maximum(stay, kv.protect.grace - kv.protect.recent)
+  between = kv.evict_every // size  # come until the next eviction
+  return np.minimum(all_stay, np.maximum(counts, -(-stay // size)) + between)
+
+
+def blocks_for(kv: KVConfig, length: np.ndarray, room: np.ndarray) -> np.ndarray:
+  """int[B]: the most blocks of a layer that prompts of `length` tokens can come to, `room` later.
+
+  Before they have been scored: where a rule keeps what it likes, that is all.
+  """
+  spilled = np.asarray(spilled_after(length, kv))
+  most = None if kv.policy is None or kv.mask else kv.select.most(length)
+  if most is not None:
+    # What is young, by grace, stays besides.
+    spilled = np.minimum(spilled, np.maximum(most - (length - spilled), kv.protect.grace))
+  counts = -(-spilled // kv.block_size)
+  return most_blocks(kv, length, room, counts[None])[0]
 
 
 def _bucket(n: int) -> int:

@@ -5,7 +5,7 @@ the prompt is over by then: tokens are scored, evicted, and only then rounded.
 """
 
 import dataclasses
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,21 @@ def spilled_after(length: _Array, kv: KVConfig) -> _Array:
   return (over.clip(0) + size - 1) // size * size
 
 
-def decide(cache: Cache, queries: jax.Array | None, length: jax.Array, kv: KVConfig) -> jax.Array:
-  """bool[L, B, S]: the tokens of each layer that go to the blocks, which eviction leaves of them.
+class Decision(NamedTuple):
+  """Which tokens of a prompt go to the blocks.
+
+  Attributes:
+    keep: bool[L, B, S], the tokens of each layer that leave the ring and are not evicted.
+    mass: float32[L, B, K, S], attention that each token got from the prompt; None where decoding
+      does not go on with it.
+  """
+
+  keep: jax.Array
+  mass: jax.Array | None
+
+
+def decide(cache: Cache, queries: jax.Array | None, length: jax.Array, kv: KVConfig) -> Decision:
+  """The tokens of each layer that go to the blocks, which eviction leaves of them.
 
   Args:
     cache: dense, [L, B, K, S, H]; slot s holds position s.
@@ -52,13 +65,14 @@ def decide(cache: Cache, queries: jax.Array | None, length: jax.Array, kv: KVCon
   leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
   policy, select = kv.policy, kv.select
   if policy is None:
-    return jnp.broadcast_to(leaves, (cache[0].shape[0], *leaves.shape))
+    return Decision(jnp.broadcast_to(leaves, (cache[0].shape[0], *leaves.shape)), None)
   # What stays in the ring stays whatever its score, and counts as kept.
   eligible = valid & leaves & ~kv.protect(pos, length, valid)
 
-  def layer(arrays: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+  def layer(arrays: tuple[jax.Array, jax.Array, jax.Array | None]) -> Decision:
     context = _context(*arrays, pos, valid, length, kv)
-    return select(policy(context), eligible, valid) & leaves
+    keep = select(policy(context), eligible, valid, length) & leaves
+    return Decision(keep, context.mass if kv.decode_mass else None)
 
   return jax.lax.map(layer, (*cache, queries))
 
@@ -82,23 +96,24 @@ def _context(
   if needs.attn == "cumulative":
     mass, visits = _mass(queries, k, length)
     return dataclasses.replace(context, mass=mass, visits=visits)
-  attn = _attention(queries, k, length, 0) if needs.attn == "window" else None
+  attn = attention(queries, k, pos, length, 0) if needs.attn == "window" else None
   return dataclasses.replace(context, attn=attn)
 
 
-def _attention(
-  queries: jax.Array, k: jax.Array, length: jax.Array, from_end: int | jax.Array
+def attention(
+  queries: jax.Array, k: jax.Array, pos: jax.Array, length: jax.Array, from_end: int | jax.Array
 ) -> jax.Array:
   """float32[B, N, W, S]: causal softmax of queries [B, W, N, H] over k [B, K, S, H].
 
   The last query is that of position length - 1 - from_end. Rows before the first token are 0.
+  `pos` int32[B, S] is where the slots' tokens stand; one that holds none is at `length` or later.
   """
   b, window, n, h = queries.shape
   kv_heads, slots = k.shape[1:3]
   q = queries.reshape(b, window, kv_heads, n // kv_heads, h)
   logits = jnp.einsum("bwkrh,bksh->bkrws", q, k.astype(jnp.float32)) * h**-0.5
   at = (length - from_end)[:, None] - window + jnp.arange(window)[None]  # [B, W]
-  seen = (jnp.arange(slots)[None, None] <= at[..., None])[:, None, None]
+  seen = (pos[:, None] <= at[..., None])[:, None, None]
   p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
   return jnp.where(seen, p, 0.0).reshape(b, n, window, slots)
 
@@ -110,10 +125,11 @@ def _mass(queries: jax.Array, k: jax.Array, length: jax.Array) -> tuple[jax.Arra
   rows = max(1, min(window, _CHUNK // (b * n * slots)))
   padded = jnp.pad(queries, ((0, 0), (-window % rows, 0), (0, 0), (0, 0)))
   steps = padded.shape[1] // rows
+  pos = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (b, slots))
 
   def step(i: jax.Array, mass: jax.Array) -> jax.Array:
     part = jax.lax.dynamic_slice_in_dim(padded, i * rows, rows, axis=1)
-    p = _attention(part, k, length, (steps - 1 - i) * rows).sum(axis=2)
+    p = attention(part, k, pos, length, (steps - 1 - i) * rows).sum(axis=2)
     return mass + p.reshape(b, kv_heads, n // kv_heads, slots).mean(axis=2)
 
   mass = jax.lax.fori_loop(0, steps, step, jnp.zeros((b, kv_heads, slots)))
@@ -129,21 +145,16 @@ def pack(
   Args:
     cache: dense [L, B, K, S, H].
     keep: bool[L, B, S] from `decide`.
-    block_ids: int32[L, B, P], where the blocks go, in order; 0 behind the last. ceil(kept / bs) of
-      each (layer, row), or in mask mode ceil(spilled / bs).
-    paged: its pool is written to in these blocks alone; its table and dense part are replaced.
+    block_ids: int32[L, B, P], where the blocks go, in order; 0 where it is not to be written, as it
+      has these contents already, or there is none: behind the ceil(kept / bs) of each (layer, row),
+      in mask mode ceil(spilled / bs).
+    paged: its pool is written to in these blocks alone; its dense part is replaced.
   """
   k, v = (rotate(c) for c in cache) if kv.rotate else cache
-  layers, b, kv_heads, slots, h = k.shape
+  layers, b, kv_heads, _, h = k.shape
   bs, width = kv.block_size, block_ids.shape[2]
-  pos = jnp.arange(slots, dtype=jnp.int32)[None]
-  behind = pos - kv.protect.sink
-  leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
-  stays = jnp.broadcast_to(leaves[None], keep.shape) if kv.mask else keep
-
-  # The tokens that stay, in their order, come first: [L, B, P * bs].
-  order = jnp.argsort(~stays, axis=-1, stable=True)
-  order = jnp.pad(order, ((0, 0), (0, 0), (0, max(0, width * bs - slots))))[..., : width * bs]
+  stays = stored(keep, length, kv)
+  order = in_front(stays, width * bs)
   count = stays.sum(-1, keepdims=True)
   hidden = jnp.take_along_axis(stays & ~keep, order, axis=-1)
   slot_pos = jnp.where(hidden, -2 - order, order)
@@ -165,26 +176,76 @@ def pack(
   past = paged.slot_pos.shape[0]
   return dataclasses.replace(
     paged,
-    k=_dense_part(k, length, kv).astype(paged.k.dtype),
-    v=_dense_part(v, length, kv).astype(paged.v.dtype),
+    k=dense_part(k, length, kv).astype(paged.k.dtype),
+    v=dense_part(v, length, kv).astype(paged.v.dtype),
     key_pages=fill(paged.key_pages, k),
     value_pages=fill(paged.value_pages, v),
     slot_pos=paged.slot_pos.at[jnp.where(flat > 0, flat, past)].set(
       slot_pos.reshape(-1, bs), mode="drop"
     ),
-    block_table=block_ids,
-    num_blocks=(block_ids > 0).sum(-1, dtype=jnp.int32),
   )
 
 
-def _dense_part(x: jax.Array, length: jax.Array, kv: KVConfig) -> jax.Array:
-  """[L, B, K, D, H]: sinks and ring of a prompt's dense keys or values [L, B, K, S, H]."""
-  slots = x.shape[3]
+def restore(
+  cache: Cache, keys: Pages, values: Pages, block_table: jax.Array, known: jax.Array, kv: KVConfig
+) -> Cache:
+  """Writes known blocks back to a dense cache, so that prefill can go on behind them.
+
+  Args:
+    cache: dense [L, B, K, S, H]; donate it.
+    block_table: int32[L, B, P], the first blocks of each row; P * bs + sinks <= S.
+    known: int32[B], how many of them there are.
+  """
+  bs, first = kv.block_size, kv.protect.sink
+  width = block_table.shape[2] * bs
+  mine = (jnp.arange(width)[None] < known[:, None] * bs)[:, None, :, None]
+
+  def fill(dense: jax.Array, pages: Pages) -> jax.Array:
+    def layer(i: jax.Array, dense: jax.Array) -> jax.Array:
+      x = kv_pages.read(pages, block_table[i]).swapaxes(1, 2)  # [B, K, P, bs, H]
+      x = x.reshape(*x.shape[:2], width, -1)
+      x = (rotate(x) if kv.rotate else x).astype(dense.dtype)  # its own inverse
+      old = jax.lax.dynamic_index_in_dim(dense, i, keepdims=False)[:, :, first : first + width]
+      new = jnp.where(mine, x, old)
+      return jax.lax.dynamic_update_slice(dense, new[None], (i, 0, 0, first, 0))
+
+    return jax.lax.fori_loop(0, len(block_table), layer, dense)
+
+  return fill(cache[0], keys), fill(cache[1], values)
+
+
+def stored(keep: jax.Array, length: jax.Array, kv: KVConfig) -> jax.Array:
+  """bool[L, B, S]: the tokens of a prompt that the blocks get, hidden or not."""
+  if not kv.mask:
+    return keep
+  behind = jnp.arange(keep.shape[2], dtype=jnp.int32)[None] - kv.protect.sink
+  leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
+  return jnp.broadcast_to(leaves[None], keep.shape)
+
+
+def in_front(mask: jax.Array, count: int) -> jax.Array:
+  """int32[L, B, count]: the slots of `mask` bool[L, B, S] in their order, and then any."""
+  order = jnp.argsort(~mask, axis=-1, stable=True)
+  return jnp.pad(order, ((0, 0), (0, 0), (0, max(0, count - mask.shape[2]))))[..., :count]
+
+
+def dense_pos(length: jax.Array, spilled: jax.Array, kv: KVConfig) -> jax.Array:
+  """int32[B, D]: where the token of each dense slot stands after `length` tokens; -1: no token."""
   sink, ring = kv.protect.sink, kv.protect.recent + kv.block_size
   newest = (length - 1 - sink)[:, None]
   slot = jnp.arange(ring)[None]
-  came = sink + newest - (newest - slot) % ring  # the last position that the slot was given to
-  at = jnp.concatenate(
-    [jnp.broadcast_to(jnp.arange(sink)[None], (len(length), sink)), came], axis=1
+  came = newest - (newest - slot) % ring  # the last token behind the sinks that the slot was given
+  first = jnp.broadcast_to(jnp.arange(sink)[None], (len(length), sink))
+  return jnp.concatenate(
+    [
+      jnp.where(first < length[:, None], first, -1),
+      jnp.where(came >= spilled[:, None], sink + came, -1),
+    ],
+    axis=1,
   )
-  return jnp.take_along_axis(x, at.clip(0, slots - 1)[None, :, None, :, None], axis=3)
+
+
+def dense_part(x: jax.Array, length: jax.Array, kv: KVConfig) -> jax.Array:
+  """[L, B, K, D, H]: sinks and ring of a prompt's dense keys or values [L, B, K, S, H]."""
+  at = dense_pos(length, spilled_after(length, kv), kv).clip(0)
+  return jnp.take_along_axis(x, at[None, :, None, :, None], axis=3)

@@ -20,11 +20,13 @@ class KVConfig:
     key, value: how tokens that have left the recent window are stored; float16 keeps them as they
       are.
     rotate: whether heads are rotated (Hadamard) before they are stored.
-    policy: scores the prompt's tokens at the end of prefill; None evicts nothing.
+    policy: scores tokens at the end of prefill; None evicts nothing.
     select: turns scores into the tokens that stay.
     protect: the first tokens and the newest, which always stay, in floats.
     mask: hide evicted tokens instead of removing them: the same output, nothing freed.
     block_size: tokens of a kv block.
+    evict_every: after so many more tokens of a sequence, what it holds is scored and evicted again;
+      sooner where the pool is exhausted. A multiple of block_size; 0: only after the prompt.
   """
 
   key: KVFormat = FLOAT16
@@ -35,11 +37,22 @@ class KVConfig:
   protect: Protect = field(default_factory=Protect)
   mask: bool = False
   block_size: int = 32
+  evict_every: int = 0
 
   def check(self, config: LlamaConfig) -> None:
     """ConfigError unless a model of these dimensions can have such a cache."""
     if self.block_size < 16 or self.block_size % 16 or self.block_size > 256:
       raise ConfigError(f"block_size is {self.block_size}; expected 16 to 256, a multiple of 16.")
+    if self.evict_every < 0 or self.evict_every % self.block_size:
+      raise ConfigError(
+        f"evict_every is {self.evict_every}; expected 0 (only after the prompt) or a multiple of "
+        f"the block_size of {self.block_size}."
+      )
+    if self.evict_every and self.policy is None:
+      raise ConfigError(
+        f"evict_every is {self.evict_every}, but there is no policy to say what goes. Give one, or "
+        "leave evict_every at 0."
+      )
     for name, format in (("keys", self.key), ("values", self.value)):
       try:
         format.groups(config.head_dim)
@@ -62,6 +75,21 @@ class KVConfig:
     if needs.attn == "cumulative":
       return slots
     return needs.window if needs.attn == "window" or needs.queries else 0
+
+  @property
+  def decode_window(self) -> int:
+    """Queries that decoding must remember for the policy; 0 if none."""
+    if self.policy is None or not self.evict_every:
+      return 0
+    needs = self.policy.needs
+    return needs.window if needs.attn == "window" or needs.queries else 0
+
+  @property
+  def decode_mass(self) -> bool:
+    """Whether decoding must sum, for the policy, the attention that each slot gets."""
+    if self.policy is None or not self.evict_every:
+      return False
+    return self.policy.needs.attn == "cumulative"
 
   def bits_per_value(self, head_dim: int) -> float:
     """Mean bits of a number in the blocks, its part of scales and minimums counted."""

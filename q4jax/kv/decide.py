@@ -21,4 +21,5 @@ def keep_mask(policy: Policy, select: Select, protect: Protect, context: ScoreCo
       "policy on attention."
     )
   protected = protect(context.pos, context.length, context.valid)
-  return select(policy(context), context.valid & ~protected, context.valid)
+  eligible = context.valid & ~protected
+  return select(policy(context), eligible, context.valid, context.length)

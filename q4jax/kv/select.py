@@ -11,13 +11,16 @@ below every threshold, +inf above. Of equally good slots the earlier one stays.
 import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from q4jax.kv import checks, masked
 from q4jax.kv.registry import Registry
+
+_Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 _SELECTS: Registry["Select"] = Registry("select")
 register = _SELECTS.register
@@ -35,21 +38,39 @@ class Select:
   def amounts(self) -> bool:
     return False
 
-  def choose(self, score: jax.Array, eligible: jax.Array, protected: jax.Array) -> jax.Array:
+  def choose(
+    self, score: jax.Array, eligible: jax.Array, protected: jax.Array, seen: jax.Array
+  ) -> jax.Array:
     """bool[B, S]: slots worth keeping. What it says of slots that are not eligible is ignored.
 
     Args:
       score: float32[B, K, S] without NaN.
       eligible, protected: bool[B, 1, S], disjoint; a slot in neither is not filled.
+      seen: int32[B], as in `__call__`.
     """
     raise NotImplementedError(f"{type(self).__name__} defines no choose(...).")
 
-  def __call__(self, score: jax.Array, eligible: jax.Array, valid: jax.Array) -> jax.Array:
-    """keep bool[B, S] from score float32[B, K, S], eligible and valid bool[B, S]."""
+  def most(self, seen: np.ndarray) -> np.ndarray | None:
+    """Known beforehand: no more slots than this stay, int[...], unless more are protected.
+
+    It must not fall as `seen`, int[...], grows: caches are made as large as it says. None where
+    it depends on the scores.
+    """
+    return None
+
+  def __call__(
+    self, score: jax.Array, eligible: jax.Array, valid: jax.Array, seen: jax.Array
+  ) -> jax.Array:
+    """keep bool[B, S] from score float32[B, K, S], eligible and valid bool[B, S].
+
+    Args:
+      seen: int32[B], tokens of each row that there have been, whether or not they were evicted
+        before: shares are of these, or evicting again and again would leave ever less.
+    """
     eligible = eligible & valid
     protected = valid & ~eligible
     score = jnp.where(jnp.isnan(score), -jnp.inf, score)
-    chosen = self.choose(score, eligible[:, None, :], protected[:, None, :])
+    chosen = self.choose(score, eligible[:, None, :], protected[:, None, :], seen)
     return (chosen & eligible) | protected
 
 
@@ -77,7 +98,9 @@ class MedianStd(Select):
   def __post_init__(self) -> None:
     checks.finite(self, "alpha")
 
-  def choose(self, score: jax.Array, eligible: jax.Array, protected: jax.Array) -> jax.Array:
+  def choose(
+    self, score: jax.Array, eligible: jax.Array, protected: jax.Array, seen: jax.Array
+  ) -> jax.Array:
     counted = eligible & jnp.isfinite(score)
     tau = masked.median(score, counted) + self.alpha * masked.std(score, counted)
     return jnp.any(score > tau, axis=1)
@@ -101,7 +124,9 @@ class LogZ(Select):
   def amounts(self) -> bool:
     return True
 
-  def choose(self, score: jax.Array, eligible: jax.Array, protected: jax.Array) -> jax.Array:
+  def choose(
+    self, score: jax.Array, eligible: jax.Array, protected: jax.Array, seen: jax.Array
+  ) -> jax.Array:
     log, counted = _logarithm(score, eligible)
     tau = masked.mean(log, counted) + self.alpha * masked.std(log, counted)
     return jnp.any(log > tau, axis=1)
@@ -121,7 +146,9 @@ class Quantile(Select):
   def __post_init__(self) -> None:
     checks.share(self, "q", one=False)
 
-  def choose(self, score: jax.Array, eligible: jax.Array, protected: jax.Array) -> jax.Array:
+  def choose(
+    self, score: jax.Array, eligible: jax.Array, protected: jax.Array, seen: jax.Array
+  ) -> jax.Array:
     # The quantile lies at or after order statistic floor(q * (n - 1)) and before the next, so
     # above it are those with more slots below them than that. Integers: no tie is lost to rounding.
     last = jnp.maximum(jnp.sum(eligible, axis=(1, 2), dtype=jnp.int32) - 1, 0)
@@ -145,7 +172,9 @@ class TopP(Select):
   def amounts(self) -> bool:
     return True
 
-  def choose(self, score: jax.Array, eligible: jax.Array, protected: jax.Array) -> jax.Array:
+  def choose(
+    self, score: jax.Array, eligible: jax.Array, protected: jax.Array, seen: jax.Array
+  ) -> jax.Array:
     amount = jnp.where(eligible & (score > 0), score, 0.0)
     if self.p == 1:
       return jnp.any(amount > 0, axis=1)
@@ -182,14 +211,19 @@ class _Best(Select):
   def amounts(self) -> bool:
     return self.by == "logz"
 
-  def total(self, valid: jax.Array) -> jax.Array:
-    """How many slots stay in all, int32[B], of `valid` int32[B]."""
+  def total(self, seen: _Array) -> _Array:
+    """How many slots stay in all, int[...], of `seen` tokens int[...]; it never falls."""
     raise NotImplementedError
 
-  def choose(self, score: jax.Array, eligible: jax.Array, protected: jax.Array) -> jax.Array:
+  def most(self, seen: np.ndarray) -> np.ndarray | None:
+    return self.total(seen)
+
+  def choose(
+    self, score: jax.Array, eligible: jax.Array, protected: jax.Array, seen: jax.Array
+  ) -> jax.Array:
     eligible, protected = eligible[:, 0], protected[:, 0]
     kept = jnp.sum(protected, axis=-1, dtype=jnp.int32)
-    count = self.total(jnp.sum(eligible, axis=-1, dtype=jnp.int32) + kept) - kept
+    count = self.total(seen) - kept
     return masked.first_in_order(self._best(score, eligible), eligible) < count[:, None]
 
   def _best(self, score: jax.Array, eligible: jax.Array) -> jax.Array:
@@ -210,10 +244,11 @@ class _Best(Select):
 @register("union_rank")
 @dataclass(frozen=True)
 class UnionRank(_Best):
-  """Exactly ceil(keep * n) of a row's n valid slots, protected ones among them.
+  """Exactly ceil(keep * n) slots of a row that has seen n tokens, protected ones among them.
 
   `keep` is taken as the nearest fraction of a denominator up to 46340: 0.6 is 3/5, so 60 of 100
-  slots stay, never 61. More stay only if more are protected. `by` as in `_Best`.
+  slots stay, never 61. More stay only if more are protected, fewer if there are fewer. `by` as in
+  `_Best`.
   """
 
   keep: float = 0.6
@@ -222,8 +257,8 @@ class UnionRank(_Best):
     super().__post_init__()
     checks.share(self, "keep", one=True)
 
-  def total(self, valid: jax.Array) -> jax.Array:
-    return _times(self.keep, valid, up=True)
+  def total(self, seen: _Array) -> _Array:
+    return _times(self.keep, seen, up=True)
 
 
 @register("top_k")
@@ -237,8 +272,8 @@ class TopK(_Best):
     super().__post_init__()
     checks.whole(self, "k", at_least=1)
 
-  def total(self, valid: jax.Array) -> jax.Array:
-    return jnp.minimum(self.k, valid)
+  def total(self, seen: _Array) -> _Array:
+    return seen.clip(max=self.k)
 
 
 def _logarithm(score: jax.Array, eligible: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -247,8 +282,8 @@ def _logarithm(score: jax.Array, eligible: jax.Array) -> tuple[jax.Array, jax.Ar
   return log, eligible & jnp.isfinite(log)
 
 
-def _times(share: float, n: jax.Array, up: bool = False) -> jax.Array:
-  """floor(share * n), or ceil if `up`, exactly: n int32, share a decimal such as 0.6."""
+def _times(share: float, n: _Array, up: bool = False) -> _Array:
+  """floor(share * n), or ceil if `up`, exactly: n int, share a decimal such as 0.6."""
   # Denominators below 2^15.5 keep every product below 2^31.
   fraction = Fraction(str(float(share))).limit_denominator(46340)
   top, bottom = fraction.numerator, fraction.denominator

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from q4jax_kernels.attention import Cache, cached_attention
 from q4jax_kernels.hadamard import rotate
-from q4jax_kernels.paged_attention import Paged, decode_attention
+from q4jax_kernels.paged_attention import Mass, Paged, decode_attention
 
 
 class Span(NamedTuple):
@@ -40,17 +40,35 @@ class Recording:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Observed:
+  """What decoding remembers so that a policy can score again; None what it does not need.
+
+  Attributes:
+    queries: float32[L, B, W, N, H], RoPE applied, not rotated: that of position p in slot p % W; 0
+      where there is none.
+    mass: float32, the attention that each slot has received so far: of the blocks [L, B, K, P * bs]
+      in the order of each row's table, of the dense part [L, B, K, D]; 0 in slots without a token.
+  """
+
+  queries: jax.Array | None = None
+  mass: Mass | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Compressed:
   """A compressed cache; it takes one token a call.
 
   Attributes:
     paged: what is stored, rotated if `rotated`.
     spilled: int32[B], tokens that have left the rings.
+    observed: for evicting while decoding.
     rotated: whether heads are rotated before they are stored (static).
   """
 
   paged: Paged
   spilled: jax.Array
+  observed: Observed
   rotated: bool = dataclasses.field(metadata={"static": True})
 
 
@@ -68,13 +86,22 @@ def attend(
     out, dense = cached_attention(q, k, v, cache.cache, span.start, span.length, layer)
     return out, Recording(dense, _remember(cache.queries, q, span.length, layer))
   if isinstance(cache, Compressed):
+    active, observed = span.length > 0, cache.observed
+    queries = observed.queries
+    if queries is not None:
+      slot = jnp.where(active, span.start % queries.shape[2], queries.shape[2])  # or dropped
+      queries = queries.at[layer, jnp.arange(len(slot)), slot].set(q[:, 0], mode="drop")
     if cache.rotated:
       q, k, v = rotate(q), rotate(k), rotate(v)
-    active = span.length > 0
-    out, paged, _ = decode_attention(
-      q, k, v, cache.paged, span.start, cache.spilled, active, layer, scores=False
+    scores = observed.mass is not None
+    out, paged, mass = decode_attention(
+      q, k, v, cache.paged, span.start, cache.spilled, active, layer, scores=scores
     )
-    return rotate(out) if cache.rotated else out, dataclasses.replace(cache, paged=paged)
+    if observed.mass is not None and mass is not None:
+      both = zip(observed.mass, mass, strict=True)
+      mass = Mass(*(total.at[layer].add(new) for total, new in both))
+    new = Compressed(paged, cache.spilled, Observed(queries, mass), cache.rotated)
+    return rotate(out) if cache.rotated else out, new
   return cached_attention(q, k, v, cache, span.start, span.length, layer)
 
 

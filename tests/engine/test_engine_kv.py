@@ -109,6 +109,32 @@ def test_usage_of_rows_that_end_before_others(float_model: Model) -> None:
   assert said[0].timing.kv.seen == 2 + 38 + 91 + 39 + 39 + 8
 
 
+class Stopping:
+  """A tokenizer with other stop tokens."""
+
+  def __init__(self, tokenizer: Any, *stop_ids: int) -> None:
+    self.stop_ids, self._tokenizer = frozenset(stop_ids), tokenizer
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._tokenizer, name)
+
+
+def test_usage_of_a_row_that_a_stop_token_ends(
+  engine: Engine, batch: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The stop token is sampled, and never stored."""
+  says = batch[2].tokens
+  end = next(t for t in says[8:] if t not in batch[0].tokens + batch[1].tokens)
+  stopping = Stopping(engine.model.tokenizer, end)
+  monkeypatch.setattr(engine.model, "tokenizer", stopping)
+  said = engine.generate(PROMPTS, max_tokens=TOKENS, temperature=0)
+  assert [len(c.tokens) for c in said] == [TOKENS, TOKENS, says.index(end) + 1]
+  assert said[0].timing.kv is not None
+  assert said[0].timing.kv.seen == 2 + 38 + 91 + 39 + 39 + says.index(end)
+  (alone,) = engine.generate(PROMPTS[2:], max_tokens=TOKENS, temperature=0)
+  assert alone.timing.kv is not None and alone.timing.kv.seen == 91 + says.index(end)
+
+
 def test_one_token(engine: Engine, batch: list[Completion]) -> None:
   said = engine.generate(PROMPTS, max_tokens=1, temperature=0)
   assert tokens_of(said) == [c.tokens[:1] for c in batch]
@@ -137,6 +163,27 @@ def test_nothing_compiles_whatever_is_evicted(float_model: Model) -> None:
     all_programs = (programs.prefill, programs.first, programs.decode, kv_cache._spill)
     compiled.append([f._cache_size() for f in all_programs])
   assert compiled[0] == compiled[1] and compiled[0][:3] == [1, 1, 1]
+
+
+def test_evicting_while_decoding(float_model: Model) -> None:
+  """The prompt and what was said alike; and nothing compiles, whatever goes."""
+  endless: Any = Stopping(float_model.tokenizer)
+  fresh = Model(float_model.module, endless, {}, "fresh")
+  engine = Engine(fresh, kv=replace(EVICT, policy=get_policy("vatp"), evict_every=32))
+  compiled = []
+  for seed in range(2):
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 250, n - 3 * seed).tolist() for n in (70, 100)]
+    said = engine.generate(prompts, max_tokens=1 + 3 * 32, temperature=0)
+    # Turns are before tokens 33 and 65 that come after the prompt.
+    use = said[0].timing.kv
+    kept = sum(-(-(len(p) + 64) // 2) + 32 for p in prompts)
+    assert use is not None and use.seen == sum(len(p) + 96 for p in prompts)
+    assert use.kept == kept
+    programs = Programs.of(fresh, logprobs=False)
+    host = (kv_cache._spill, kv_cache._choose, kv_cache._compact)
+    compiled.append([f._cache_size() for f in (programs.first, programs.decode, *host)])
+  assert compiled[0] == compiled[1] and compiled[0][:2] == [1, 1]
 
 
 @pytest.mark.parametrize(

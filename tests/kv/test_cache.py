@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import q4jax
-from kv_steps import Decoding, Holds, attend_all, dims, spilled
+from kv_steps import Decoding, Holds, attend_all, dims, spilled, store_of
 from oracles.float64_llama import Float64Llama
 from oracles.models import SPECS, Spec, write
 from q4jax.errors import ConfigError, PoolExhaustedError
@@ -111,6 +111,52 @@ def test_after_eviction_against_exact_arithmetic(
   assert gone == 2 * (16 + 40)
 
 
+AGAIN = replace(EVICT, policy=get_policy("h2o"), evict_every=16)  # h2o: with sums carried along
+
+
+def seen(run: Decoding, layer: int, row: int) -> set[int]:
+  """Positions that a row's last query saw."""
+  assert isinstance(run.state, Compressed)
+  paged, gone = run.state.paged, int(run.state.spilled[row])
+  table = np.asarray(paged.block_table)[layer, row, : int(paged.num_blocks[layer, row])]
+  slots = np.asarray(paged.slot_pos)[table]
+  sinks = min(paged.sink, run.length[row])
+  return {*range(sinks), *slots[slots >= 0].tolist(), *range(sinks + gone, run.length[row])}
+
+
+def test_evicting_while_decoding(path: Path, model: Model) -> None:
+  """Many times over: against hiding, and against a float64 Llama that does not see what is gone."""
+  tokens, rows = text(), np.arange(len(LENGTH))
+  run = Decoding.start(model, tokens, LENGTH.copy(), AGAIN, STEPS)
+  assert run.compressed is not None
+  total = LENGTH.max() + STEPS
+  hidden, found = np.zeros((len(LENGTH), SPEC.layers, total, total), bool), []
+  for _ in range(STEPS):
+    at = run.length
+    found.append(run.step(tokens[rows, at]))
+    for b in rows:
+      for layer in range(SPEC.layers):
+        hidden[b, layer, at[b], sorted(set(range(at[b] + 1)) - seen(run, layer, b))] = True
+  logits, oracle = np.stack(found), Float64Llama(path)
+  for b, prompt in enumerate(LENGTH):
+    end = prompt + STEPS
+    close(logits[:, b], oracle.logits(tokens[b, :end], hidden[b, :, :end, :end])[prompt:], 3e-5)
+    gone = hidden[b, :, end - 1].sum(-1)
+    # A turn comes every 16 tokens, so that of what there is now at most so many came since.
+    assert (gone > end / 2 - 18).all() and (gone[0] != hidden[b, :, prompt + 40].sum(-1)).any()
+
+  masked, other = decode(model, replace(AGAIN, mask=True))
+  close(masked, logits)
+  assert other.compressed is not None
+  mine, whole = run.compressed.usage, other.compressed.usage
+  assert (mine.kept, mine.seen) == (whole.kept, whole.seen) and mine.blocks < whole.blocks / 1.5
+  assert run.compressed.store.num_blocks < other.compressed.store.num_blocks
+  assert isinstance(run.state, Compressed)
+  run.compressed.close(run.state)
+  run.compressed.pool.check()
+  assert run.compressed.pool.stats().in_use == 0
+
+
 def test_coded_and_rotated_is_near(model: Model, dense: np.ndarray) -> None:
   kv = replace(KV, key=KVFormat(8, 32), value=KVFormat(8, 32), rotate=True)
   error = decode(model, kv)[0] - dense
@@ -131,7 +177,7 @@ class Fixed:
       None,
       self.length.copy(),
       np.full(2, 200),
-      num_blocks,
+      None if num_blocks is None else store_of(kv, dims(), num_blocks),
     )
     self.state = self.host.state
 
@@ -174,7 +220,7 @@ def test_a_prompt_that_does_not_fit_and_release() -> None:
   one = Fixed(KV, num_blocks=7)
   assert one.host.pool.stats().free == 0
   for _ in range(2):  # the second time there is nothing left to give
-    one.host.release()
+    one.host.close(one.state)
     one.host.pool.check()
     assert one.host.pool.stats().in_use == 0 and one.host.usage.blocks == 0
 
@@ -182,8 +228,8 @@ def test_a_prompt_that_does_not_fit_and_release() -> None:
 @pytest.mark.parametrize(("symmetric", "head_dim"), [(True, 64), (False, 128)])
 def test_bytes(symmetric: bool, head_dim: int) -> None:
   """4096 tokens, 0.6 of them kept, in int4 with groups of 32; counted by hand."""
-  store = KVFormat(4, 32, symmetric)
-  kv = KVConfig(store, store, policy=get_policy("knorm"), protect=Protect(4, 64, 0))
+  int4 = KVFormat(4, 32, symmetric)
+  kv = KVConfig(int4, int4, policy=get_policy("knorm"), protect=Protect(4, 64, 0))
   layers, rows, heads = 1, 1, 2
   shape = (layers, rows, heads, 4096, head_dim)
   config = dims(layers, 4, heads, head_dim)
@@ -193,7 +239,8 @@ def test_bytes(symmetric: bool, head_dim: int) -> None:
   ring = 4096 - 4 - 4000  # 125 blocks of 32 leave the rest in the ring
   blocks = layers * -(-(kept - 4 - ring) // 32)
   scales = head_dim // 32 * 2 * (1 if symmetric else 2)
-  held = CompressedKV(kv, config, (dense[0], dense[1]), None, length, room, 1 + blocks)
+  store = store_of(kv, config, 1 + blocks)
+  held = CompressedKV(kv, config, (dense[0], dense[1]), None, length, room, store)
   use, paged = held.usage, held.state.paged
   block = 32 * (2 * heads * (head_dim // 2 + scales) + 4)  # and four bytes of position
   ends = layers * 2 * heads * (4 + 64 + 32) * head_dim * 2
@@ -206,7 +253,7 @@ def test_bytes(symmetric: bool, head_dim: int) -> None:
   pages = sum(a.nbytes for a in jax.tree.leaves((paged.key_pages, paged.value_pages)))
   live = sum(a.nbytes for a in jax.tree.leaves(held.state))
   assert pages + paged.slot_pos.nbytes == (blocks + 1) * block  # the null block
-  assert use.block_bytes == blocks * (pages + paged.slot_pos.nbytes) // held.num_blocks
+  assert use.block_bytes == blocks * (pages + paged.slot_pos.nbytes) // held.store.num_blocks
   # Asymmetric codes take 5 bits: with the dense ends they come to 0.21.
   assert use.block_bytes <= bfloat16 / 5
   assert live <= bfloat16 * (0.2 if symmetric else 0.212)

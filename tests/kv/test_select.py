@@ -27,7 +27,9 @@ from q4jax.kv.select import (
 B, K, S = 4, 3, 12
 # Compiled in haste: there are many rules, and little to compute.
 run = jax.jit(
-  lambda select, *arrays: select(*arrays),
+  lambda select, score, eligible, valid, seen=None: select(
+    score, eligible, valid, valid.sum(-1) if seen is None else seen
+  ),
   static_argnums=0,
   compiler_options={"xla_backend_optimization_level": 0},
 )
@@ -205,6 +207,23 @@ def test_a_sink_does_not_lift_the_threshold() -> None:
   before = np.asarray(run(MedianStd(0.5), score, eligible, valid))
   score[0, 0, 0] = 1e6
   assert (np.asarray(run(MedianStd(0.5), score, eligible, valid)) == before).all()
+
+
+def test_shares_are_of_the_tokens_seen() -> None:
+  """Evicting again and again leaves keep of all, not keep^n; and never more than there are."""
+  score = np.random.default_rng(6).normal(size=(2, K, 20)).astype(np.float32)
+  valid = np.ones((2, 20), bool)
+  cases: list[tuple[Select, tuple[int, int], list[int]]] = [
+    (UnionRank(0.5), (20, 30), [10, 15]),
+    (UnionRank(0.5, by="rank"), (39, 100), [20, 50]),
+    (TopK(7), (20, 5), [7, 5]),
+  ]
+  for select, seen, most in cases:
+    kept = np.asarray(run(select, score, valid, valid, np.array(seen)))
+    assert kept.sum(axis=1).tolist() == [min(n, 20) for n in most]
+    bound = select.most(np.array(seen))
+    assert bound is not None and bound.tolist() == most
+  assert MedianStd().most(np.array([9])) is None
 
 
 ALL = [MedianStd(), LogZ(), Quantile(), TopP(), UnionRank(), UnionRank(by="rank"), TopK(7),
