@@ -4,7 +4,12 @@ r"""q4jax against llama.cpp on the same GGUF file, process by process in turn, a
     --llama_batched_bench=build/bin/llama-batched-bench --reps=5 \
     --out=experiments/results/vs_llamacpp.json
 
-About 3 minutes a repetition for a model of 1B weights on two cores, 15 for 8B.
+About 3 minutes a repetition for a model of 1B weights on two cores, 15 for 8B. With compressed
+caches of both sides, at depths where they matter:
+
+  python -m experiments.bench_vs_llamacpp --model=1b-q4km.gguf --llama_bench=build/bin/llama-bench \
+    --pp=0 --tg=32 --depth=4096,8192 --reps=1 --cache_types=f16,q8_0,q4_0 \
+    --kv="--kv_bits=4 --kv_rotate;--kv_bits=4 --kv_rotate --keep=0.6"
 
 Each repetition runs, one after another and each as a process of its own, `q4jax bench`, llama-bench
 with its weights repacked and (where this build has the flag) not, then the same with several
@@ -22,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +53,8 @@ class Config:
   depth: tuple[int, ...] = option((0,), "Tokens in the cache before each test.")
   batch: tuple[int, ...] = option((1, 4, 8, 16), "Sequences in a batch.")
   batch_depth: int = option(128, "Prompt of each sequence of a batch.")
+  kv: str = option("", "Flags of more q4jax sides, as --kv_bits=4; several sides with ; between.")
+  cache_types: tuple[str, ...] = option(("f16",), "Types of llama.cpp's cache, a side each.")
   threads: int = option(0, "Threads of both sides; 0 takes as many as this process may use.")
   probe_mib: int = option(512, "Buffer of the bandwidth probe.")
   out: str = option("", "File to write the records to, as JSON.")
@@ -73,10 +80,16 @@ def sides(config: Config) -> list[Side]:
   ours = [sys.executable, "-m", "q4jax", "bench", config.model, *numbers, f"--tg={config.tg}"]
   theirs = [config.llama_bench, "-m", config.model, "-t", str(config.num_threads), "-r", "1"]
   theirs += ["-p", str(config.pp), "-n", str(config.tg), "-d", depths, "-o", "json"]
-  found = [Side("q4jax", [*ours, f"--pp={config.pp}", f"--depth={depths}"])]
+  found = [
+    Side(
+      f"q4jax {flags}".strip(), [*ours, f"--pp={config.pp}", f"--depth={depths}", *flags.split()]
+    )
+    for kv in ("", *filter(None, config.kv.split(";")))
+  ]
   found += [
-    Side(name, [*theirs, *flag])
+    Side(name if type == "f16" else f"{name} {type}", [*theirs, *flag, *_cache(type)])
     for name, flag in _repacking(config.llama_bench, ["--repack", "1"], ["--repack", "0"])
+    for type in config.cache_types
   ]
   if not config.llama_batched_bench or not config.batch:
     return found
@@ -91,6 +104,10 @@ def sides(config: Config) -> list[Side]:
     for name, flag in _repacking(config.llama_batched_bench, [], ["--no-repack"])
   ]
   return found
+
+
+def _cache(type: str) -> list[str]:
+  return [] if type == "f16" else ["-ctk", type, "-ctv", type, "-fa", "1"]
 
 
 def _repacking(program: str, on: list[str], off: list[str]) -> list[tuple[str, list[str]]]:
@@ -132,7 +149,7 @@ def _peak_bytes(pid: int) -> int:
 
 def rates(side: Side, out: str) -> Iterator[tuple[str, float]]:
   """(test, tokens a second) of each measurement in a side's output."""
-  if side.batched and side.name != "q4jax":
+  if side.batched and not side.name.startswith("q4jax"):
     for line in out.splitlines():
       if line.startswith("{"):
         record = json.loads(line)
@@ -166,27 +183,34 @@ def run(config: Config) -> Iterator[list[dict[str, Any]]]:
 
 
 def summary(records: list[dict[str, Any]]) -> list[list[str]]:
-  """Rows of the table: medians of each side, and q4jax's ratios to llama.cpp's default and best."""
+  """Rows of the table, one for each test and side: medians, and q4jax's ratios to llama.cpp's.
+
+  The default is llama.cpp's first side, the best the one that is best in this test; of memory the
+  least that any needs.
+  """
   names = list(dict.fromkeys(r["side"] for r in records))
-  peers = [name for name in names if name != "q4jax"]
-  rows = [["test", *names, "of default", "of best"]]
-  for test in dict.fromkeys(r["test"] for r in records):
-    row = {name: _median(records, "tokens_per_s", side=name, test=test) for name in names}
-    best = max((row[p] for p in peers if row[p] == row[p]), default=math.nan)
-    ratios = [row["q4jax"] / row[peers[0]], row["q4jax"] / best]
-    rows.append(
-      [f"{test}, tok/s", *(f"{row[n]:.2f}" for n in names), *(f"{r:.2f}" for r in ratios)]
-    )
+  peers = [name for name in names if not name.startswith("q4jax")]
+  rows = [["test", "side", "result", "of default", "of best"]]
+
+  def add(test: str, key: str, batched: bool, unit: float, best_of: Callable, form: str) -> None:
+    where = {"test": test} if key == "tokens_per_s" else {}
+    values = {n: _median(records, key, side=n, batched=batched, **where) / unit for n in names}
+    known = [values[p] for p in peers if values[p] == values[p]]
+    best = best_of(known) if known else math.nan
+    for name, value in values.items():
+      if value == value:
+        ratios = [value / (values[peers[0]] or math.nan), value / (best or math.nan)]
+        said = [f"{r:.2f}" if r == r else "-" for r in ratios] if name not in peers else ["", ""]
+        rows.append([test, name, f"{value:{form}}", *said])
+
+  for test, batched in dict.fromkeys((r["test"], r["batched"]) for r in records):
+    add(test, "tokens_per_s", batched, 1, max, ".2f")
   for batched in sorted({r["batched"] for r in records}):
-    row = {n: _median(records, "peak_rss_bytes", side=n, batched=batched) / 2**20 for n in names}
-    best = min(row[p] for p in peers)
-    ratios = [row["q4jax"] / row[peers[0]], row["q4jax"] / best] if best else [0.0, 0.0]
     what = "peak memory, MiB" + (" (batches)" if batched else "")
-    rows.append([what, *(f"{row[n]:.0f}" for n in names), *(f"{r:.2f}" for r in ratios)])
+    add(what, "peak_rss_bytes", batched, 2**20, min, ".0f")
   around = [r[key] for r in records for key in ("bandwidth_before", "bandwidth_after")]
   spread = f"{min(around) / 1e9:.1f} to {max(around) / 1e9:.1f}"
-  rows.append(["read bandwidth, GB/s", spread, *[""] * (len(names) + 1)])
-  return rows
+  return [*rows, ["read bandwidth, GB/s", "", spread, "", ""]]
 
 
 def _median(records: list[dict[str, Any]], key: str, **where: Any) -> float:

@@ -137,12 +137,33 @@ def test_both_sides_are_measured_in_turn(tmp_path: Path) -> None:
   held = [r["peak_rss_bytes"] for r in records if r["side"] == names[1] and not r["batched"]]
   assert all(64 << 20 < bytes < 128 << 20 for bytes in held)
   rows = bench_vs_llamacpp.summary(records)
-  assert rows[0] == ["test", *names, "of default", "of best"]
-  by_test = {row[0]: row for row in rows}
-  assert by_test["pp16 @ d8, tok/s"][2:4] == ["18.00", "28.00"]
-  ours = float(by_test["tg4 x 2 @ d8, tok/s"][1])
-  assert float(by_test["tg4 x 2 @ d8, tok/s"][5]) == pytest.approx(ours / 10, abs=0.01)
+  assert rows[0] == ["test", "side", "result", "of default", "of best"]
+  found = {(row[0], row[1]): row[2:] for row in rows}
+  assert [found["pp16 @ d8", name][0] for name in names[1:]] == ["18.00", "28.00"]
+  ours, default, best = map(float, found["tg4 x 2 @ d8", "q4jax"])
+  assert best == pytest.approx(ours / 10, abs=0.01) and default >= best
+  assert found["tg4 x 2 @ d8", names[1]][1:] == ["", ""]
+  least = min(float(found["peak memory, MiB", name][0]) for name in names[1:])
+  memory = found["peak memory, MiB", "q4jax"]
+  assert float(memory[2]) == pytest.approx(float(memory[0]) / least, rel=0.02)
   assert markdown(rows).count("\n") == len(rows)
+
+
+def test_compressed_caches_are_sides_of_their_own(tmp_path: Path) -> None:
+  text = LLAMA_BENCH.format(python=sys.executable, repack=True)
+  config = bench_vs_llamacpp.Config(
+    model="tiny", llama_bench=program(tmp_path / "llama-bench", text), threads=2, batch=(),
+    kv="--kv_bits=4;--kv_bits=4 --keep=0.6", cache_types=("f16", "q4_0"),
+  )  # fmt: skip
+  sides = {side.name: side.command for side in bench_vs_llamacpp.sides(config)}
+  assert list(sides) == [
+    "q4jax", "q4jax --kv_bits=4", "q4jax --kv_bits=4 --keep=0.6",
+    "llama.cpp repacked", "llama.cpp repacked q4_0",
+    "llama.cpp not repacked", "llama.cpp not repacked q4_0",
+  ]  # fmt: skip
+  assert sides["q4jax --kv_bits=4 --keep=0.6"][-2:] == ["--kv_bits=4", "--keep=0.6"]
+  assert sides["llama.cpp repacked q4_0"][-6:] == ["-ctk", "q4_0", "-ctv", "q4_0", "-fa", "1"]
+  assert "-ctk" not in sides["llama.cpp repacked"]
 
 
 def test_an_older_llama_bench_has_one_side_and_a_failing_one_is_said(tmp_path: Path) -> None:
