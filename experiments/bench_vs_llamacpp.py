@@ -81,9 +81,7 @@ def sides(config: Config) -> list[Side]:
   theirs = [config.llama_bench, "-m", config.model, "-t", str(config.num_threads), "-r", "1"]
   theirs += ["-p", str(config.pp), "-n", str(config.tg), "-d", depths, "-o", "json"]
   found = [
-    Side(
-      f"q4jax {flags}".strip(), [*ours, f"--pp={config.pp}", f"--depth={depths}", *flags.split()]
-    )
+    Side(f"q4jax {kv}".strip(), [*ours, f"--pp={config.pp}", f"--depth={depths}", *kv.split()])
     for kv in ("", *filter(None, config.kv.split(";")))
   ]
   found += [
