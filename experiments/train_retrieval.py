@@ -4,6 +4,7 @@ python -m experiments.train_retrieval --out=runs/retrieval          # again with
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -133,19 +134,22 @@ def first_params(config: Config) -> Params:
   return params
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
+def optimizer(weight_decay: float) -> optax.GradientTransformation:
   """That of train_tiny, before the learning rate."""
-  return train_tiny.optimizer(train_tiny.Config(weight_decay=config.weight_decay))
+  return train_tiny.optimizer(train_tiny.Config(weight_decay=weight_decay))
 
 
-def make_step(config: Config) -> Callable[..., tuple[Params, Any, jax.Array]]:
+@functools.cache
+def make_step(
+  model: LlamaConfig, weight_decay: float
+) -> Callable[..., tuple[Params, Any, jax.Array]]:
   """A jitted step; its first two arguments are donated. It also returns the loss and the share of
   right answer tokens, of all and of each task: float32[2 + tasks].
   """
-  transform = optimizer(config)
+  transform = optimizer(weight_decay)
 
   def objective(params: Params, tokens: jax.Array, targets: jax.Array) -> tuple[Any, Any]:
-    logits = Llama(config.model, lambda name, shape: params[name])(tokens)
+    logits = Llama(model, lambda name, shape: params[name])(tokens)
     asked = targets >= 0
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets.clip(0))
     mean = jnp.sum(loss * asked) / asked.sum()
@@ -211,11 +215,11 @@ def run(config: Config) -> dict[str, Any] | None:
   begin = time.monotonic()
   out = Path(config.out)
   params = first_params(config)
-  opt_state = optimizer(config).init(params)
+  opt_state = optimizer(config.weight_decay).init(params)
   at = Progress()
   if config.resume and (out / "state.npz").exists():
     params, opt_state, at = _load(out / "state.npz", opt_state)
-  step = make_step(config)
+  step = make_step(config.model, config.weight_decay)
   before = at.seconds
   while not at.done(config):
     tokens, targets = batch(config, at.stage, at.step)
