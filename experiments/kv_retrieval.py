@@ -1,7 +1,7 @@
 r"""Accuracy of retrieval against the share of the cache that is kept, for every eviction policy.
 
   python -m experiments.kv_retrieval --out=experiments/results/kv_retrieval.json
-  python -m experiments.kv_retrieval --policies=snapkv,random --keeps=0.4 --samples=32   # a minute
+  python -m experiments.kv_retrieval --policies=snapkv,random --keeps=0.4 --samples=50   # a minute
 
 The model (experiments/retrieval) answers questions about a context of made-up symbols, in three
 tasks (experiments/retrieval/tasks.py): passkey, multikey, mqar. Each context is read densely,
