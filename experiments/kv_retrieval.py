@@ -117,11 +117,9 @@ def run(config: Config, done: list[dict[str, Any]] | None = None) -> list[dict[s
       kv.check(model.config)
   records = [r for r in done or [] if r["row"] in kvs]
   left = [row for row in kvs if row not in {r["row"] for r in records}]
-  if not left:
-    return records
   programs = Programs(model)
   sizes = Sizes(config.context, config.pairs, config.asked)
-  batches = read(model, programs, config.seed, config.samples, config.batch, sizes)
+  batches = read(model, programs, config.seed, config.samples, config.batch, sizes) if left else []
   for i, row in enumerate(left):
     if 0 < config.seconds < time.monotonic() - begin:
       print(f"{len(left) - i} rows are left: again with --resume=1.", file=sys.stderr)
@@ -133,7 +131,7 @@ def run(config: Config, done: list[dict[str, Any]] | None = None) -> list[dict[s
     shares = " ".join(f"{100 * share:.0f}" for share in good.mean(-1).reshape(-1))
     print(f"[{i + 1}/{len(left)}] {row} {shares} {time.monotonic() - begin:.0f} s",
       file=sys.stderr, flush=True)  # fmt: skip
-  return records
+  return sorted(records, key=lambda r: list(kvs).index(r["row"]))
 
 
 def _records(row: str, good: np.ndarray, samples: int, kept: float) -> list[dict[str, Any]]:
@@ -191,11 +189,11 @@ def main(_: list[str]) -> None:
   print(markdown(table(records)))
   if not config.out:
     return
-  whole = {
-    **provenance(), "config": dataclasses.asdict(config), "model_sha256": digest, "records": records
-  }  # fmt: skip
+  whole = {**provenance(), "config": dataclasses.asdict(config), "model_sha256": digest}
+  lines = ",\n".join(map(json.dumps, records))
   path = Path(config.out)
-  checkpoint.write_atomic(path, (json.dumps(whole, indent=1) + "\n").encode())
+  text = f'{json.dumps(whole, indent=1)[:-2]},\n "records": [\n{lines}\n ]\n}}\n'
+  checkpoint.write_atomic(path, text.encode())
   path.with_suffix(".md").write_text(markdown(table(records)) + "\n")
   try:
     plot.plot(records, str(path.with_suffix(".png")))

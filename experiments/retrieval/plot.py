@@ -47,7 +47,7 @@ def plot(records: list[dict[str, Any]], path: str) -> None:
   lines, labels = axes[0][0].get_legend_handles_labels()
   figure.legend(lines, labels, loc="center right", fontsize="small", frameon=False)
   figure.tight_layout(rect=(0, 0, 0.86, 1))
-  figure.savefig(path, dpi=90)
+  figure.savefig(path, dpi=80)
   pyplot.close(figure)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -145,8 +146,8 @@ def test_the_trained_model(model: Model) -> None:
 
 
 SMALL = kv_retrieval.Config(
-  str(FILE), ("snapkv", "random"), (0.5,), ("dense",),
-  samples=16, batch=8, context=64, pairs=6, asked=2, recent=4,
+  str(FILE), ("snapkv", "random"), (0.3,), ("dense",),
+  samples=16, batch=8, context=96, pairs=10, asked=2, recent=4,
 )  # fmt: skip
 
 
@@ -173,11 +174,12 @@ def test_curves() -> None:
   assert len(records) == len(by) == 3 * 3 * 2
   for task in TASKS:
     for mode in ("agnostic", "aware"):
-      dense, evicted = by["dense", task, mode], by["keep50+random", task, mode]
+      dense, evicted = by["dense", task, mode], by["keep30+random", task, mode]
       assert dense["right"] >= 14 and dense["kept"] == 1 and dense["policy"] is None
       assert dense["low"] < dense["accuracy"] <= dense["high"] <= 1
-      assert evicted["right"] < 12 and (evicted["keep"], evicted["policy"]) == (0.5, "random")
-      assert 0.45 <= evicted["kept"] < 0.6
+      assert (evicted["keep"], evicted["policy"]) == (0.3, "random")
+      assert 0.29 < evicted["kept"] < 0.32
+      assert evicted["right"] <= dense["right"] - (10 if task == "passkey" else 0)
   lines = kv_retrieval.table(records)
   assert len(lines) == 4 and {len(line) for line in lines} == {8}
   assert kv_retrieval.run(SMALL, records) == records
@@ -199,6 +201,55 @@ def test_right_is_what_the_model_says(model: Model) -> None:
         places = len(row) + np.flatnonzero(scored)
         expected.append((likeliest[places - 1] == text[places]).all())
   assert found.tolist() == expected
+
+
+class Oracle:
+  """The model in float64, over whole texts; RoPE turns neighbours, as rows lie in the file."""
+
+  def __init__(self) -> None:
+    tensors = gguf.GGUFReader(FILE).tensors
+    self.w = {t.name: np.asarray(t.data, np.float64).reshape(t.shape[::-1]) for t in tensors}
+
+  def logits(self, tokens: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """[T, V] of tokens [T]; seen bool[T, T]: what each token (a row) attends to."""
+    angle = np.arange(len(tokens))[:, None, None] * 1e4 ** (-np.arange(16) / 16)
+    turn = np.exp(1j * angle)
+    x = self.w["token_embd.weight"][tokens]
+    for i in range(2):
+      w = {name.removeprefix(f"blk.{i}."): a for name, a in self.w.items()}
+      y = self.norm(x, w["attn_norm.weight"])
+      q, k, v = ((y @ w[f"attn_{n}.weight"].T).reshape(len(x), -1, 32) for n in "qkv")
+      q, k = ((a[..., ::2] + 1j * a[..., 1::2]) * turn for a in (q, k))
+      k, v = k.repeat(2, axis=1), v.repeat(2, axis=1)
+      z = np.einsum("qhd,khd->hqk", q, k.conj()).real / 32**0.5
+      e = np.where(seen, np.exp(z - z.max(-1, keepdims=True)), 0)
+      y = np.einsum("hqk,khd->qhd", e / e.sum(-1, keepdims=True), v).reshape(len(x), -1)
+      x = x + y @ w["attn_output.weight"].T
+      y = self.norm(x, w["ffn_norm.weight"])
+      gate = y @ w["ffn_gate.weight"].T
+      x = x + (gate / (1 + np.exp(-gate)) * (y @ w["ffn_up.weight"].T)) @ w["ffn_down.weight"].T
+    return self.norm(x, self.w["output_norm.weight"]) @ self.w["token_embd.weight"].T
+
+  def norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def test_what_eviction_loses_is_what_no_question_sees(model: Model) -> None:
+  sizes, size = tasks.Sizes(96, 10, 2), 24
+  (batch,) = steps.read(model, steps.Programs(model), 0, size, size, sizes)
+  kv = kv_retrieval.kv_config("keep40+streaming", SMALL, 32)
+  found, kept = steps.right(model, steps.Programs(model), batch, kv)
+  assert kept == pytest.approx(0.4, abs=0.01)
+  prompt, rest, scored = dialogue(held_out("multikey", 0, size, sizes), twice=False)
+  oracle, (answered,) = Oracle(), np.flatnonzero(scored)
+  text = np.concatenate([prompt, rest], axis=1)
+  seen = np.tri(99, dtype=bool)
+  # The questions see 4 sinks and the newest of 39 tokens that stay.
+  seen[96:, 4 : 96 - 35] = False
+  said = [oracle.logits(row, seen)[96 + answered - 1].argmax() for row in text]
+  expected = said == rest[:, answered]
+  assert 3 < expected.sum() < 20
+  assert found[2 * size : 3 * size].tolist() == expected.tolist()
 
 
 def test_wilson() -> None:
