@@ -164,7 +164,8 @@ def test_curves() -> None:
   try:
     for samples in (8, 24):
       compiled.clear()
-      kv_retrieval.run(dataclasses.replace(SMALL, seed=1, samples=samples))
+      config = dataclasses.replace(SMALL, seed=1, samples=samples, policies=("random",))
+      kv_retrieval.run(config)
       counts.append(len(compiled))
   finally:
     jax.monitoring.unregister_event_duration_listener(hear)
@@ -179,7 +180,8 @@ def test_curves() -> None:
       assert dense["low"] < dense["accuracy"] <= dense["high"] <= 1
       assert (evicted["keep"], evicted["policy"]) == (0.3, "random")
       assert 0.29 < evicted["kept"] < 0.32
-      assert evicted["right"] <= dense["right"] - (10 if task == "passkey" else 0)
+      assert evicted["right"] <= dense["right"]
+    assert evicted["right"] < 12 or task == "multikey"
   lines = kv_retrieval.table(records)
   assert len(lines) == 4 and {len(line) for line in lines} == {8}
   assert kv_retrieval.run(SMALL, records) == records
