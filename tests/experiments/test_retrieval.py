@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import gguf
 import jax
@@ -80,6 +81,16 @@ def test_seeds_reproduce_and_held_out_samples_are_others() -> None:
   np.testing.assert_array_equal(train_retrieval.batch(config, 0, 3)[0][:, :64], trained[3])
   rows = [row.astype(np.int32).tobytes() for part in trained for row in part]
   assert len(set(rows)) == len(rows) and not held & set(rows)
+
+
+def test_no_two_purposes_share_a_stream() -> None:
+  streams = [
+    tasks.generator(purpose, seed, number).random()
+    for purpose in get_args(tasks.Purpose)
+    for seed in range(3)
+    for number in range(3)
+  ]
+  assert len(set(streams)) == 18
 
 
 def test_a_dialogue() -> None:
