@@ -21,10 +21,6 @@ from experiments.tiny import checkpoint, tokenizer
 from q4jax.config import LlamaConfig
 from q4jax.quant import kquants
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/tiny", "Folder of the trained checkpoint.")
-_DATA = flags.DEFINE_string("data", "runs/tiny", "Folder of tokenizer.json and corpus.json.")
-_OUT = flags.DEFINE_string("out", "runs/tiny", "Folder to write to.")
-
 MAX_BYTES = 8_000_000
 Array = NDArray[Any]
 
@@ -145,12 +141,20 @@ def run(source: Path, data: Path, out: Path) -> dict[str, int]:
   return sizes
 
 
+def _define_flags() -> None:
+  flags.DEFINE_string("checkpoint", "runs/tiny", "Folder of the trained checkpoint.")
+  flags.DEFINE_string("data", "runs/tiny", "Folder of tokenizer.json and corpus.json.")
+  flags.DEFINE_string("out", "runs/tiny", "Folder to write to.")
+
+
 def main(_: list[str]) -> None:
-  sizes = run(Path(_CHECKPOINT.value), Path(_DATA.value), Path(_OUT.value))
+  f = flags.FLAGS
+  sizes = run(Path(f.checkpoint), Path(f.data), Path(f.out))
   print(json.dumps(sizes))
   if sizes["tiny.Q4_K_M.gguf"] > MAX_BYTES:
     raise SystemExit(f"tiny.Q4_K_M.gguf is over {MAX_BYTES} bytes: choose a smaller model.")
 
 
 if __name__ == "__main__":
+  _define_flags()  # Not where it is imported: other scripts that export have an --out too.
   app.run(main)
