@@ -115,10 +115,11 @@ void TileMix(const Attention& a, const float* p, const float* v, int64_t slots, 
 }
 
 // Up to sixteen rows at q[row] and out[row], of which each sees the first seen[row] slots, in
-// ascending order. Keys and values become floats once for all of them.
+// ascending order. Keys and values become floats once for all of them. To mass[slot], where it is
+// given, goes `share` of what each row pays to the slot.
 template <bool half>
 void Tile(const Attention& a, int64_t rows, const float* const* q, const void* k, const void* v, const int64_t* seen,
-          float* const* out, float* scratch) {
+          float* const* out, float* scratch, float* mass, float share) {
   constexpr int64_t bytes = half ? 2 : 4;
   const int64_t D = a.D, common = seen[0], slots = seen[rows - 1];
   float *queries = scratch, *chunk = queries + 16 * D, *rest = chunk + kChunk * D, *logits = rest + D, inverse[16];
@@ -152,6 +153,11 @@ void Tile(const Attention& a, int64_t rows, const float* const* q, const void* k
   }
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < D; i++) out[r][i] *= inverse[r];
+  if (!mass) return;
+  float weight[16];
+  for (int64_t r = 0; r < 16; r++) weight[r] = r < rows ? share * inverse[r] : 0.0f;
+  const F weights = Simd::Load(weight);
+  for (int64_t s = 0; s < slots; s++) mass[s] += Simd::Sum(Simd::Mul(Simd::Load(logits + 16 * s), weights));
 }
 
 }  // namespace
