@@ -12,7 +12,7 @@ from q4jax.config import LlamaConfig
 from q4jax.kv.cache import CompressedKV
 from q4jax.kv.config import KVConfig
 from q4jax.kv.store import KVStore
-from q4jax.model.caches import Compressed, KVCache, Recording, Span, attend
+from q4jax.model.caches import Compressed, KVCache, Span, attend
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
 from q4jax_kernels import kv_pages
@@ -119,17 +119,15 @@ class Decoding:
   ) -> "Decoding":
     """Reads the first `length[b]` of int[B, T]; with room for `room` tokens more."""
     total = int(length.max()) + room
-    window = 0 if kv is None else kv.window(total)
     program = _programs(model)[0]
     state = program(
-      model.leaves, jnp.asarray(tokens[:, : length.max()]), jnp.asarray(length), total, window
+      model.leaves, jnp.asarray(tokens[:, : length.max()]), jnp.asarray(length), total, kv
     )
     if kv is None:
       return cls(model, length, state, None)
-    cache, queries = (state.cache, state.queries) if window else (state, None)
     rooms = np.full(len(length), room)
     store = None if num_blocks is None else store_of(kv, model.config, num_blocks)
-    compressed = CompressedKV(kv, model.config, cache, queries, length, rooms, store)
+    compressed = CompressedKV(kv, model.config, state, length, rooms, store)
     return cls(model, length, compressed.state, compressed)
 
   def step(self, token: np.ndarray, running: np.ndarray | None = None) -> np.ndarray:
@@ -153,14 +151,12 @@ def _programs(model: Model) -> tuple[Callable, Callable]:
 
 
 def _prefill(
-  module: Llama, tokens: jax.Array, length: jax.Array, slots: int, window: int
+  module: Llama, tokens: jax.Array, length: jax.Array, slots: int, kv: KVConfig | None
 ) -> KVCache:
   c, b = module.config, len(tokens)
   shape = (c.num_layers, b, c.num_kv_heads, slots, c.head_dim)
-  cache: KVCache = (jnp.zeros(shape), jnp.zeros(shape))
-  if window:
-    queries = jnp.zeros((c.num_layers, b, window, c.num_heads, c.head_dim))
-    cache = Recording(cache, queries)
+  dense = (jnp.zeros(shape), jnp.zeros(shape))
+  cache = dense if kv is None else kv.recording(dense, c.num_heads)
   length = length.astype(jnp.int32)
   return module.hidden(tokens, cache, Span(jnp.zeros_like(length), length))[1]
 

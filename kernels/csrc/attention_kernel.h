@@ -71,20 +71,25 @@ void Mix(const Attention& a, const float* p, int64_t stride, const float* weight
 
 template <bool half, int R>
 void Heads(const Attention& a, const float* q, const void* k, const void* v, int64_t slots, float* scratch,
-           float* out) {
+           float* out, float* mass, float share) {
   const int64_t stride = a.S + 16;
   float weight[R];
   Logits<half, R>(a, q, k, slots, scratch, stride);
   for (int r = 0; r < R; r++) weight[r] = Softmax(scratch + r * stride, slots);
   Mix<half, R>(a, scratch, stride, weight, v, slots, out);
+  if (!mass) return;
+  for (int r = 0; r < R; r++)
+    for (int64_t s = 0; s < slots; s++) mass[s] += share * weight[r] * scratch[r * stride + s];
 }
 
 constexpr int kTileRows = 12;  // Fewer are faster by Heads.
 
-// The rows of a KV head: its query heads, token after token.
+// The rows of a KV head: its query heads, token after token. mass[0 .. S - 1], if not null, is added to:
+// the softmax of each slot, summed over tokens, its mean over the query heads.
 template <bool half>
-void AttendRows(const Attention& a, int64_t b, int64_t h, int64_t t0, int64_t t1, float* scratch) {
+void AttendRows(const Attention& a, int64_t b, int64_t h, int64_t t0, int64_t t1, float* scratch, float* mass) {
   const int64_t repeat = a.Hq / a.Hkv, bytes = half ? 2 : 4;
+  const float share = 1.0f / (float)repeat;
   const uint8_t* k = (const uint8_t*)a.k + (b * a.Hkv + h) * a.S * a.D * bytes;
   const uint8_t* v = (const uint8_t*)a.v + (b * a.Hkv + h) * a.S * a.D * bytes;
   const auto at = [&](int64_t row) { return ((b * a.T + row / repeat) * a.Hq + h * repeat + row % repeat) * a.D; };
@@ -99,7 +104,7 @@ void AttendRows(const Attention& a, int64_t b, int64_t h, int64_t t0, int64_t t1
       float* out[16];
       int64_t slots[16];
       for (int64_t r = 0; r < rows; r++) q[r] = a.q + at(row + r), out[r] = a.out + at(row + r), slots[r] = seen(row + r);
-      Tile<half>(a, rows, q, k, v, slots, out, scratch);
+      Tile<half>(a, rows, q, k, v, slots, out, scratch, mass, share);
       row += rows;
       continue;
     }
@@ -107,17 +112,17 @@ void AttendRows(const Attention& a, int64_t b, int64_t h, int64_t t0, int64_t t1
     float* out = a.out + at(row);
     const int64_t left = end - row < repeat - row % repeat ? end - row : repeat - row % repeat;
     if (left >= 4) {
-      Heads<half, 4>(a, q, k, v, seen(row), scratch, out), row += 4;
+      Heads<half, 4>(a, q, k, v, seen(row), scratch, out, mass, share), row += 4;
     } else if (left >= 2) {
-      Heads<half, 2>(a, q, k, v, seen(row), scratch, out), row += 2;
+      Heads<half, 2>(a, q, k, v, seen(row), scratch, out, mass, share), row += 2;
     } else {
-      Heads<half, 1>(a, q, k, v, seen(row), scratch, out), row += 1;
+      Heads<half, 1>(a, q, k, v, seen(row), scratch, out, mass, share), row += 1;
     }
   }
 }
 
-void Attend(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1, float* scratch) {
-  half ? AttendRows<true>(a, b, h, t0, t1, scratch) : AttendRows<false>(a, b, h, t0, t1, scratch);
+void Attend(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1, float* scratch, float* mass) {
+  half ? AttendRows<true>(a, b, h, t0, t1, scratch, mass) : AttendRows<false>(a, b, h, t0, t1, scratch, mass);
 }
 
 void StoreCache(const float* x, int64_t n, bool half, void* out) {

@@ -20,29 +20,21 @@ inline float LoadCacheOne(const void* base, int64_t i) {
 }
 
 // x -> exp(x - largest) of sixteen lanes, relative error < 2e-7: Cephes' polynomial for expf,
-// p(r) * 2^n. Below e^-87.7 n is -127, which makes a 0. The loop has no condition, not even a maximum,
-// so that compilers make vectors of it.
+// p(r) * 2^n. Below e^-87.7 n is -127, which makes a 0. NaN stays.
 Q4_INLINE void Exp(float* x, F largest) {
-  const F below = Simd::Fma(largest, Simd::Set(-1.0f), Simd::Load(x));
-  Simd::Store(x, Simd::Max(Simd::Set(-88.0f), below));  // NaN stays.
-  for (int j = 0; j < 16; j++) {
-    const float y = x[j], shifted = y * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
-    float r = y - n * 0.693359375f;
-    r -= n * -2.12194440e-4f;
-    float e = 1.9875691500e-4f;
-    e = e * r + 1.3981999507e-3f;
-    e = e * r + 8.3334519073e-3f;
-    e = e * r + 4.1665795894e-2f;
-    e = e * r + 1.6666665459e-1f;
-    e = e * r + 5.0000001201e-1f;
-    e = e * r * r + r + 1.0f;
-    int32_t bits;
-    __builtin_memcpy(&bits, &shifted, 4);
-    bits = (bits - 0x4B400000 + 127) << 23;
-    float scale;
-    __builtin_memcpy(&scale, &bits, 4);
-    x[j] = e * scale;
-  }
+  const auto fma = [](F a, F b, float c) Q4_LAMBDA { return Simd::Fma(a, b, Simd::Set(c)); };
+  const F below = Simd::Fma(largest, Simd::Set(-1.0f), Simd::Load(x)), y = Simd::Max(Simd::Set(-88.0f), below);
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const F shifted = fma(y, Simd::Set(1.44269504088896341f), 12582912.0f), n = Simd::Add(shifted, Simd::Set(-12582912.0f));
+  const F r = Simd::Fma(n, Simd::Set(2.12194440e-4f), Simd::Fma(n, Simd::Set(-0.693359375f), y));
+  F e = fma(Simd::Set(1.9875691500e-4f), r, 1.3981999507e-3f);
+  e = fma(e, r, 8.3334519073e-3f);
+  e = fma(e, r, 4.1665795894e-2f);
+  e = fma(e, r, 1.6666665459e-1f);
+  e = fma(e, r, 5.0000001201e-1f);
+  e = Simd::Add(Simd::Fma(Simd::Mul(e, r), r, r), Simd::Set(1.0f));
+  const I exponent = Simd::AddI(Simd::Bits(shifted), Simd::ISet(127 - 0x4B400000));
+  Simd::Store(x, Simd::Mul(e, Simd::FromBits(Simd::Shl(exponent, 23))));
 }
 
 constexpr int kSlotStrip = Simd::kStrip<4>, kChunk = q4::kTileChunk;
@@ -123,10 +115,11 @@ void TileMix(const Attention& a, const float* p, const float* v, int64_t slots, 
 }
 
 // Up to sixteen rows at q[row] and out[row], of which each sees the first seen[row] slots, in
-// ascending order. Keys and values become floats once for all of them.
+// ascending order. Keys and values become floats once for all of them. To mass[slot], where it is
+// given, goes `share` of what each row pays to the slot.
 template <bool half>
 void Tile(const Attention& a, int64_t rows, const float* const* q, const void* k, const void* v, const int64_t* seen,
-          float* const* out, float* scratch) {
+          float* const* out, float* scratch, float* mass, float share) {
   constexpr int64_t bytes = half ? 2 : 4;
   const int64_t D = a.D, common = seen[0], slots = seen[rows - 1];
   float *queries = scratch, *chunk = queries + 16 * D, *rest = chunk + kChunk * D, *logits = rest + D, inverse[16];
@@ -160,6 +153,11 @@ void Tile(const Attention& a, int64_t rows, const float* const* q, const void* k
   }
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < D; i++) out[r][i] *= inverse[r];
+  if (!mass) return;
+  float weight[16];
+  for (int64_t r = 0; r < 16; r++) weight[r] = r < rows ? share * inverse[r] : 0.0f;
+  const F weights = Simd::Load(weight);
+  for (int64_t s = 0; s < slots; s++) mass[s] += Simd::Sum(Simd::Mul(Simd::Load(logits + 16 * s), weights));
 }
 
 }  // namespace

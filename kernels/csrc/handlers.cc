@@ -202,8 +202,9 @@ ffi::Error TakeRowsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Bu
 // alias them.
 ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
                          ffi::Buffer<ffi::F32> v, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache,
-                         ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> length, ffi::ResultBuffer<ffi::F32> out,
-                         ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out, int64_t layer,
+                         ffi::Buffer<ffi::F32> mass, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> length,
+                         ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> k_out,
+                         ffi::Result<ffi::AnyBuffer> v_out, ffi::ResultBuffer<ffi::F32> mass_out, int64_t layer,
                          float scale, int64_t isa) {
   const Kernels* kernels = Select(isa);
   if (!kernels) return Invalid("this processor lacks the instruction set that was named");
@@ -226,6 +227,8 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   if (!is_cache(v_cache) || !is_cache(*k_out) || !is_cache(*v_out) ||
       (int64_t)k_cache.element_count() != cd[0] * a.B * a.Hkv * a.S * a.D || v.element_count() != k.element_count() ||
       (int64_t)k.element_count() != a.B * a.T * a.Hkv * a.D || out->element_count() != q.element_count() ||
+      mass_out->element_count() != mass.element_count() ||
+      (mass.element_count() > 0 && (int64_t)mass.element_count() != cd[0] * a.B * a.Hkv * a.S) ||
       a.Hkv == 0 || a.Hq % a.Hkv || (int64_t)start.element_count() != a.B || (int64_t)length.element_count() != a.B)
     return Invalid("attention's arguments do not fit each other");
   for (int64_t b = 0; b < a.B; b++) {
@@ -237,6 +240,7 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   const size_t cache_bytes = k_cache.size_bytes();
   if (k_out->untyped_data() != k_cache.untyped_data()) memcpy(k_out->untyped_data(), k_cache.untyped_data(), cache_bytes);
   if (v_out->untyped_data() != v_cache.untyped_data()) memcpy(v_out->untyped_data(), v_cache.untyped_data(), cache_bytes);
+  if (mass_out->untyped_data() != mass.untyped_data()) memcpy(mass_out->untyped_data(), mass.untyped_data(), mass.size_bytes());
 
   for (int64_t b = 0; b < a.B; b++) {
     for (int64_t t = 0; t < a.length[b]; t++) {
@@ -253,12 +257,24 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   for (int64_t b = 0; b < a.B; b++) most_slots = std::max<int64_t>(most_slots, a.start[b] + a.length[b]);
   const int64_t queries = 16, splits = (a.T + queries - 1) / queries;
   const int64_t work = a.B * a.T * a.Hq * most_slots * a.D;
-  ParallelFor(pool, work >= 32768 ? Threads(pool) : 1, a.B * a.Hkv * splits, [&](int64_t i) {
+  // Where the mass is asked for, a head's splits are dealt to a fixed number of sums, so that no two
+  // threads add to one, and the result does not depend on how many there are.
+  const bool scored = mass.element_count() > 0;
+  const int64_t parts = scored ? std::min<int64_t>(splits, 8) : splits;
+  std::vector<float> sums(scored ? a.B * a.Hkv * parts * a.S : 0);
+  ParallelFor(pool, work >= 32768 ? Threads(pool) : 1, a.B * a.Hkv * parts, [&](int64_t i) {
     static thread_local std::vector<float> scratch;
     scratch.resize(a.scratch());
-    const int64_t split = i % splits, h = i / splits % a.Hkv, b = i / splits / a.Hkv;
-    kernels->attention(a, half, b, h, split * queries, std::min(a.T, (split + 1) * queries), scratch.data());
+    const int64_t h = i / parts % a.Hkv, b = i / parts / a.Hkv;
+    float* sum = scored ? sums.data() + i * a.S : nullptr;
+    for (int64_t split = i % parts; split < splits; split += parts)
+      kernels->attention(a, half, b, h, split * queries, std::min(a.T, (split + 1) * queries), scratch.data(), sum);
   });
+  float* total = mass_out->typed_data() + layer * a.B * a.Hkv * a.S;
+  for (int64_t i = 0; scored && i < a.B * a.Hkv; i++) {
+    for (int64_t part = 0; part < parts; part++)
+      for (int64_t s = 0; s < a.S; s++) total[i * a.S + s] += sums[(i * parts + part) * a.S + s];
+  }
   return ffi::Error::Success();
 }
 
@@ -426,11 +442,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_attention, q4::AttentionImpl,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("layer")
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("isa"));

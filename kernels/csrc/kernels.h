@@ -105,9 +105,10 @@ struct Kernels {
   void (*exact)(const Matmul& a, const Blocks& format, int64_t begin, int64_t end);
   void (*dequantize[kNumFormats])(const uint8_t* block, float* out);  // see Blocks
   // Attention of queries [t0, t1) of batch row b and the query heads of KV head h; scratch holds
-  // a.scratch() floats. half: the cache is float16, else float32.
+  // a.scratch() floats. half: the cache is float16, else float32. What each slot is given is added to
+  // mass[0 .. S - 1], unless that is null.
   void (*attention)(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1,
-                    float* scratch);
+                    float* scratch, float* mass);
   // The compressed cache's, of sequence b and KV head h; scratch holds 4 * (P * block_size + D + 16).
   void (*paged_attention)(const PagedAttention& a, int64_t b, int64_t h, float* scratch);
   // Rounds n floats into the cache's type.

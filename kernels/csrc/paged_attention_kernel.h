@@ -1,184 +1,11 @@
-// Decode attention over a compressed cache, for one instruction set: a dense part in floats and kv
-// blocks of packed codes, read as they lie (kv_pages.py, layout x16).
-//
-// Keys have slots in the lanes, values have dims, so that both products are the matmul's own: codes
-// times signed bytes, summed in integers. What meets the keys is q, rounded to int8 by groups of a
-// head; what meets the values is p * scale, rounded to int8 in each block and group. Scales and
-// minimums are folded into the sums; nothing is dequantised to memory.
+// Decode attention over a compressed cache, for one instruction set: a dense part in floats, and kv
+// blocks of packed codes (packed_blocks.h) or floats that block tables point to.
 #pragma once
-#include "kernels.h"
+#include "packed_blocks.h"
 
 namespace {
 
-using q4::PagedAttention;
-using q4::PagedPart;
-
-// v rounded to signed bytes, v ~ scale * byte; returns the scale.
-inline float RoundToBytes(const float* v, int64_t n, int8_t* out) {
-  float lanes[16] = {0};
-  if (n % 16 == 0) {
-    F most = Simd::Zero();
-    for (int64_t i = 0; i < n; i += 16) {
-      const F x = Simd::Load(v + i);
-      most = Simd::Max(Simd::Max(x, Simd::Mul(x, Simd::Set(-1.0f))), most);
-    }
-    Simd::Store(lanes, most);
-  } else {
-    for (int64_t i = 0; i < n; i++) lanes[i % 16] = __builtin_fmaxf(__builtin_fabsf(v[i]), lanes[i % 16]);
-  }
-  float largest = lanes[0];
-  for (int j = 1; j < 16; j++) largest = lanes[j] > largest ? lanes[j] : largest;
-  const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
-  for (int64_t i = 0; i < n; i++) {
-    const float shifted = v[i] * inverse + 12582912.0f;  // As in Quantize.
-    int32_t bits;
-    __builtin_memcpy(&bits, &shifted, 4);
-    out[i] = (int8_t)(bits - 0x4B400000);
-  }
-  return largest * (1.0f / 127.0f);
-}
-
-inline int32_t SumBytes(const int8_t* v, int64_t n) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < n; i++) sum += v[i];
-  return sum;
-}
-
-// dot[r] += codes of `steps` words times x[r] + 4 * step, for R rows; `high` takes the upper nibbles.
-template <int bits, int R, bool high>
-Q4_INLINE void DotChain(const uint8_t* words, int first, int end, const int8_t* const* x, I* dot) {
-  Unroll<Simd::kPlanes<bits>>([&](auto plane) Q4_LAMBDA {
-    I sum[R];
-    Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Begin(dot[r]); });
-#pragma GCC unroll 8
-    for (int s = first; s < end; s++) {
-      I codes = Simd::ILoad(words + 64 * s);
-      if (bits == 4) codes = Nibble(codes, high);
-      codes = Simd::template Plane<bits, plane.value>(codes);
-      Rows<R>([&](int r) Q4_LAMBDA { sum[r] = Simd::Dot(sum[r], codes, Load4(x[r] + 4 * s)); });
-    }
-    Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum[r]); });
-  });
-}
-
-template <int bits, int R, bool high>
-Q4_INLINE void DotWords(const uint8_t* words, int64_t steps, const int8_t* const* x, I* dot) {
-  constexpr int kChain = Simd::kChain<bits>;
-  // The usual lengths, of groups and blocks of 32, as straight code.
-  if (steps == 8 && kChain >= 8) return DotChain<bits, R, high>(words, 0, 8, x, dot);
-  if (steps == 4) return DotChain<bits, R, high>(words, 0, 4, x, dot);
-  for (int64_t first = 0; first < steps; first += kChain)
-    DotChain<bits, R, high>(words, first, first + kChain < steps ? first + kChain : steps, x, dot);
-}
-
-// q of one head group, rounded by the groups of the keys.
-template <int R>
-struct RoundedQ {
-  int8_t q[R][q4::kMaxHeadDim];
-  float scale[R][q4::kMaxGroups];
-  int32_t sum[R][q4::kMaxGroups];
-};
-
-template <int R>
-void RoundQ(const PagedAttention& a, const float* q, RoundedQ<R>& out) {
-  const int64_t group = a.key.group;
-  for (int r = 0; r < R; r++) {
-    for (int64_t g = 0; g < a.H / group; g++) {
-      int8_t* to = out.q[r] + g * group;
-      out.scale[r][g] = a.scale * RoundToBytes(q + r * a.H + g * group, group, to);
-      out.sum[r][g] = SumBytes(to, group);
-    }
-  }
-}
-
-// logits[r][0 .. 15] of the sixteen slots of tile s of a block.
-template <int bits, int R>
-Q4_INLINE void KeyTile(const PagedAttention& a, int64_t block, int64_t s, const RoundedQ<R>& q, float* const* logits) {
-  const int64_t group = a.key.group, groups = a.H / group, words = a.H / (bits == 4 ? 8 : 4);
-  const int64_t tile = block * (a.block_size / 16) + s;
-  const uint8_t* codes = a.key.codes + tile * words * 64;
-  const int offset = a.key.minimum ? 0 : 1 << (bits - 1);
-  F total[R];
-  for (int r = 0; r < R; r++) total[r] = Simd::Zero();
-  for (int64_t g = 0; g < groups; g++) {
-    I dot[R];
-    for (int r = 0; r < R; r++) dot[r] = Simd::ISet(-offset * q.sum[r][g]);
-    // The group's words; one that spans the halves of the head has low and high nibbles.
-    int64_t chunk = g * group / 4;
-    for (int64_t left = group / 4; left > 0;) {
-      const bool high = bits == 4 && chunk >= words;
-      const int64_t word = high ? chunk - words : chunk, steps = left < words - word ? left : words - word;
-      const int8_t* x[R];
-      for (int r = 0; r < R; r++) x[r] = q.q[r] + 4 * chunk;
-      if (high) DotWords<bits, R, true>(codes + 64 * word, steps, x, dot);
-      else DotWords<bits, R, false>(codes + 64 * word, steps, x, dot);
-      chunk += steps, left -= steps;
-    }
-    const int64_t at = (tile * groups + g) * 16;
-    const F scale = Simd::LoadHalf(a.key.scale + at);
-    for (int r = 0; r < R; r++) total[r] = Simd::Fma(Simd::ToFloat(dot[r]), Simd::Mul(scale, Simd::Set(q.scale[r][g])), total[r]);
-    if (a.key.minimum) {
-      const F minimum = Simd::LoadHalf(a.key.minimum + at);
-      for (int r = 0; r < R; r++) total[r] = Simd::Fma(minimum, Simd::Set(-q.scale[r][g] * (float)q.sum[r][g]), total[r]);
-    }
-  }
-  for (int r = 0; r < R; r++) Simd::Store(logits[r], total[r]);
-}
-
-// out[r][0 .. H - 1] += sum over the block's slots of p[r][slot] * value.
-template <int bits, int R>
-Q4_INLINE void ValueBlock(const PagedAttention& a, int64_t block, const float* const* p, float* const* out) {
-  const int64_t slots = a.block_size, group = a.value.group, groups = a.H / group;
-  const int64_t words = slots / (bits == 4 ? 8 : 4);
-  const int offset = a.value.minimum ? 0 : 1 << (bits - 1);
-  for (int64_t g = 0; g < groups; g++) {
-    int8_t weights[R][q4::kMaxBlockSize];
-    float scale[R], low[R];
-    I start[R];
-    float scales[q4::kMaxBlockSize], minimums[q4::kMaxBlockSize];
-    const int64_t at = (block * groups + g) * slots;
-    for (int64_t s = 0; s < slots; s += 16) {
-      Simd::Store(scales + s, Simd::LoadHalf(a.value.scale + at + s));
-      if (a.value.minimum) Simd::Store(minimums + s, Simd::LoadHalf(a.value.minimum + at + s));
-    }
-    for (int r = 0; r < R; r++) {
-      // What a dead slot holds may be NaN, of which Max takes the other side; its weight is 0.
-      float scaled[q4::kMaxBlockSize];
-      F sum = Simd::Zero();
-      for (int64_t s = 0; s < slots; s += 16) {
-        const F weight = Simd::Load(p[r] + s);
-        Simd::Store(scaled + s, Simd::Max(Simd::Mul(weight, Simd::Load(scales + s)), Simd::Zero()));
-        if (a.value.minimum)
-          sum = Simd::Fma(weight, Simd::Max(Simd::Load(minimums + s), Simd::Set(-65504.0f)), sum);
-      }
-      low[r] = -Simd::Sum(sum);
-      scale[r] = RoundToBytes(scaled, slots, weights[r]);
-      start[r] = Simd::ISet(offset ? -offset * SumBytes(weights[r], slots) : 0);
-    }
-    for (int64_t d = g * group / 16; 16 * d < (g + 1) * group; d++) {
-      const uint8_t* codes = a.value.codes + (block * (a.H / 16) + d) * words * 64;
-      I dot[R];
-      const int8_t* x[R];
-      for (int r = 0; r < R; r++) dot[r] = start[r], x[r] = weights[r];
-      DotWords<bits, R, false>(codes, words, x, dot);
-      if (bits == 4) {
-        for (int r = 0; r < R; r++) x[r] += slots / 2;
-        DotWords<bits, R, true>(codes, words, x, dot);
-      }
-      float sums[16];
-      for (int r = 0; r < R; r++) {
-        const F result = Simd::Fma(Simd::ToFloat(dot[r]), Simd::Set(scale[r]), Simd::Set(low[r]));
-        float* to = out[r] + 16 * d;
-        if (group >= 16) {
-          Simd::Store(to, Simd::Add(Simd::Load(to), result));
-        } else {  // Two groups share the lanes; this one has half of them.
-          Simd::Store(sums, result);
-          for (int64_t i = g * group - 16 * d; i < (g + 1) * group - 16 * d; i++) to[i] += sums[i];
-        }
-      }
-    }
-  }
-}
+constexpr int64_t kAhead = 2;  // Blocks from a prefetch to its use.
 
 // logits[r * stride + slot] of float keys [slots, H].
 template <bool half, int R>
@@ -214,55 +41,100 @@ inline DenseRuns RunsOf(const PagedAttention& a, int64_t tokens, int64_t gone) {
   return {{0, a.sink + first, a.sink}, {sinks, before_end, left - before_end}};
 }
 
-// logits[r][i * block_size + slot] of R query heads and KV head h. Dead slots get -3e38, and sixteen
-// dead ones are not read.
-template <int bits, int R>
-void KeyLogits(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, const float* q, float* logits,
-               int64_t stride) {
-  const int64_t slots = a.block_size;
-  RoundedQ<R> rounded;
-  if (bits < 16) RoundQ<R>(a, q, rounded);
+// Brings a block of one KV head in ahead of its use: tables scatter blocks, which no hardware foresees.
+// Inlined, since GCC takes a function that only prefetches for one without effect.
+Q4_INLINE void Prefetch(const PagedPart& part, int64_t block, int64_t slots, int64_t H) {
+  const auto lines = [&](const void* all, int64_t bytes) Q4_LAMBDA {
+    if (!all) return;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)all + block * bytes + i);
+  };
+  lines(part.codes, slots * H * part.bits / 8);
+  lines(part.scale, slots * H / part.group * 2);
+  lines(part.minimum, slots * H / part.group * 2);
+}
+
+// Whether one of some slots, a multiple of four, is seen, and whether all are.
+struct Seen {
+  typedef int32_t V __attribute__((vector_size(16)));
+  bool any, all;
+  Q4_INLINE Seen(const int32_t* pos, int64_t slots) {
+    V both = -1 - V{}, either = {};
+    for (int64_t j = 0; j < slots; j += 4) {
+      V four;
+      __builtin_memcpy(&four, pos + j, 16);
+      both &= four, either |= four;
+    }
+    any = (both[0] & both[1] & both[2] & both[3]) >= 0, all = (either[0] | either[1] | either[2] | either[3]) >= 0;
+  }
+};
+
+// tile(slot pool index / 16, to) writes logits[r * stride ..] of sixteen slots. Dead slots get -3e38, and
+// sixteen dead ones are not read.
+template <int R, class Tile>
+Q4_INLINE void KeyTiles(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, float* logits,
+                        int64_t stride, const Tile& tile) {
+  const int64_t tiles = a.block_size / 16;
   for (int64_t i = 0; i < blocks; i++) {
-    const int32_t* pos = a.slot_pos + table[i] * slots;
-    const int64_t block = table[i] * a.K + h;
-    for (int64_t s = 0; s < slots; s += 16) {
-      float* to[R];
-      for (int r = 0; r < R; r++) to[r] = logits + r * stride + i * slots + s;
-      bool any = false, all = true;
-      for (int64_t j = 0; j < 16; j++) any |= pos[s + j] >= 0, all &= pos[s + j] >= 0;
-      if (any) {
-        if constexpr (bits < 16) {
-          KeyTile<bits, R>(a, block, s / 16, rounded, to);
-        } else {
-          FloatLogits<bits == 16, R>(a, q, a.key.codes + (block * slots + s) * a.H * (bits / 8), 16, to[0], stride);
-        }
-      }
-      if (!all)
-        for (int r = 0; r < R; r++)
-          for (int64_t j = 0; j < 16; j++) to[r][j] = pos[s + j] >= 0 ? to[r][j] : -3e38f;
+    if (i + kAhead < blocks) Prefetch(a.key, table[i + kAhead] * a.K + h, a.block_size, a.H);
+    for (int64_t s = 0; s < tiles; s++, logits += 16) {
+      const int32_t* pos = a.slot_pos + (table[i] * tiles + s) * 16;
+      const Seen seen(pos, 16);
+      if (seen.any) tile((table[i] * a.K + h) * tiles + s, logits);
+      if (seen.all) continue;
+      for (int r = 0; r < R; r++)
+        for (int64_t j = 0; j < 16; j++) logits[r * stride + j] = pos[j] >= 0 ? logits[r * stride + j] : -3e38f;
     }
   }
 }
 
-// out[r] += the blocks' values, weighted by p[r * stride + i * block_size + slot].
+// logits[r * stride + i * block_size + slot] of R query heads and KV head h.
 template <int bits, int R>
+void KeyLogits(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, const float* q, float* logits,
+               int64_t stride) {
+  if constexpr (bits < 16) {
+    RoundedQ<R> rounded;
+    RoundQ<bits, R>(a, q, rounded);
+    const int64_t groups = a.H / a.key.group, words = a.H * bits / 32;
+    const auto by_chains = [&](auto kWords) {
+      KeyTiles<R>(a, table, blocks, h, logits, stride, [&](int64_t tile, float* to) Q4_LAMBDA {
+        KeyTile<bits, kWords.value, R>(a, groups, tile, rounded, to, stride);
+      });
+    };
+    const int64_t common = words | a.key.group / 4;
+    common % 8 == 0 ? by_chains(Int<8>()) : by_chains(Int<2>());
+  } else {
+    KeyTiles<R>(a, table, blocks, h, logits, stride, [&](int64_t tile, float* to) {
+      FloatLogits<bits == 16, R>(a, q, a.key.codes + tile * 16 * a.H * (bits / 8), 16, to, stride);
+    });
+  }
+}
+
+// out[r] += the blocks' values, weighted by p[r * stride + i * block_size + slot].
+template <int bits, int kSlots, int R>
 void MixBlocks(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, const float* p, int64_t stride,
                float* const* out) {
-  const int64_t slots = a.block_size;
-  for (int64_t i = 0; i < blocks; i++) {
-    const int32_t* pos = a.slot_pos + table[i] * slots;
-    bool any = false;
-    for (int64_t j = 0; j < slots; j++) any |= pos[j] >= 0;
-    if (!any) continue;
+  const int64_t slots = kSlots ? kSlots : a.block_size, groups = bits < 16 ? a.H / a.value.group : 0;
+  F low[q4::kMaxGroups][R];
+  for (int64_t g = 0; g < groups; g++)
+    for (int r = 0; r < R; r++) low[g][r] = Simd::Zero();
+  for (int64_t i = 0; i < blocks; i++, p += slots) {
+    if (i + kAhead < blocks) Prefetch(a.value, table[i + kAhead] * a.K + h, slots, a.H);
     const int64_t block = table[i] * a.K + h;
-    const float* weights[R];
-    for (int r = 0; r < R; r++) weights[r] = p + r * stride + i * slots;
     if constexpr (bits < 16) {
-      ValueBlock<bits, R>(a, block, weights, out);
+      ValueBlock<bits, kSlots, R>(a, groups, block, p, stride, out, low);
     } else {
+      const int32_t* pos = a.slot_pos + table[i] * slots;
+      if (!Seen(pos, slots).any) continue;
+      const float* weights[R];
+      for (int r = 0; r < R; r++) weights[r] = p + r * stride;
       AddValues<bits == 16, R>(a.value.codes + block * slots * a.H * (bits / 8), a.H, slots, weights, pos, out);
     }
   }
+  for (int64_t g = 0; g < groups; g++)
+    for (int r = 0; r < R; r++) {
+      const float sum = Simd::Sum(low[g][r]);
+      for (int64_t d = g * a.value.group; d < (g + 1) * a.value.group; d++) out[r][d] -= sum;
+    }
 }
 
 // body(Int<bits>()) for the bits of a format.
@@ -303,7 +175,10 @@ void PagedHeads(const PagedAttention& a, int64_t b, int64_t h, int64_t n0, float
     inverse[r] = Softmax(scratch + r * stride, count);
     for (int64_t i = 0; i < a.H; i++) out[r][i] = 0.0f;
   }
-  WithBits(a.value.bits, [&](auto bits) { MixBlocks<bits.value, R>(a, table, blocks, h, scratch, stride, out); });
+  WithBits(a.value.bits, [&](auto bits) {
+    const auto mix = a.block_size == 32 ? MixBlocks<bits.value, 32, R> : MixBlocks<bits.value, 0, R>;
+    mix(a, table, blocks, h, scratch, stride, out);
+  });
   for_runs([&](auto half, int i, int64_t at) {
     const float* p[R];
     for (int r = 0; r < R; r++) p[r] = scratch + r * stride + at;

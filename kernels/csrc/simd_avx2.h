@@ -34,15 +34,18 @@ struct Simd {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
   }
-  static F LoadBf16(const void* p) {
-    const I x = Shl(LoadU16(p), 16);
-    return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)};
-  }
+  static F LoadBf16(const void* p) { return FromBits(Shl(LoadU16(p), 16)); }
   static float Sum(F x) {
     const __m256 s = _mm256_add_ps(x.a, x.b);
     __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+  }
+  static float Largest(F x) {
+    const __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
   }
 
   static I ISet(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
@@ -57,6 +60,7 @@ struct Simd {
   // A byte of each row.
   static B BSet(int x) { return _mm_set1_epi8((char)x); }
   static B BLoad(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+  static void BStore(void* p, B x) { _mm_storeu_si128((__m128i*)p, x); }
   static B BAnd(B x, B y) { return _mm_and_si128(x, y); }
   static B BOr(B x, B y) { return _mm_or_si128(x, y); }
   static B BAdd(B x, B y) { return _mm_add_epi8(x, y); }
@@ -86,6 +90,9 @@ struct Simd {
   static I Shr(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
   static I SubI(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
   static F ToFloat(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static I Bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+  static F FromBits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+  static I Round(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }  // to the nearest, ties to even
   static I Lookup(I codes, const uint8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return {_mm256_shuffle_epi8(t, codes.a), _mm256_shuffle_epi8(t, codes.b)};
@@ -105,10 +112,12 @@ struct Simd {
   static I Begin(I) { return ISet(0); }
   static I Dot(I sum, I codes, int32_t x) {
     const __m256i xs = _mm256_set1_epi32(x);
-    sum = {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(codes.a, xs)),
-           _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(codes.b, xs))};
-    asm("" : "+x"(sum.a), "+x"(sum.b));  // Else GCC makes a tree of the chain, and spills it.
-    return sum;
+    return {Add16(sum.a, _mm256_maddubs_epi16(codes.a, xs)), Add16(sum.b, _mm256_maddubs_epi16(codes.b, xs))};
+  }
+  // An addition that GCC takes as it comes: of a chain of its own it makes a tree, and spills it.
+  static __m256i Add16(__m256i x, __m256i y) {
+    asm("vpaddw %2, %1, %0" : "=x"(x) : "x"(x), "x"(y));
+    return x;
   }
   template <int plane>
   static I End(I total, I sum) { return AddScaled<0>(total, sum, ISet(plane ? 0x00100010 : 0x00010001)); }

@@ -30,12 +30,18 @@ struct Simd {
   static void StoreHalf(uint16_t* p, F x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
-  static F LoadBf16(const void* p) { return _mm512_castsi512_ps(Shl(LoadU16(p), 16)); }
+  static F LoadBf16(const void* p) { return FromBits(Shl(LoadU16(p), 16)); }
   static float Sum(F x) {
     const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+  }
+  static float Largest(F x) {
+    const __m256 s = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
   }
 
   static I ISet(int32_t x) { return _mm512_set1_epi32(x); }
@@ -44,6 +50,7 @@ struct Simd {
   // A byte of each row.
   static B BSet(int x) { return _mm_set1_epi8((char)x); }
   static B BLoad(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+  static void BStore(void* p, B x) { _mm_storeu_si128((__m128i*)p, x); }
   static B BAnd(B x, B y) { return _mm_and_si128(x, y); }
   static B BOr(B x, B y) { return _mm_or_si128(x, y); }
   static B BAdd(B x, B y) { return _mm_add_epi8(x, y); }
@@ -65,6 +72,9 @@ struct Simd {
   static I Shr(I x, int n) { return _mm512_srli_epi32(x, n); }
   static I SubI(I x, I y) { return _mm512_sub_epi32(x, y); }
   static F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
+  static I Bits(F x) { return _mm512_castps_si512(x); }
+  static F FromBits(I x) { return _mm512_castsi512_ps(x); }
+  static I Round(F x) { return _mm512_cvtps_epi32(x); }  // To the nearest, ties to even.
   static I Lookup(I codes, const uint8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), codes);
   }

@@ -50,15 +50,13 @@ struct Simd {
     vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b)));
     vst1q_u16(p + 8, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
   }
-  static F LoadBf16(const void* p) {
-    const I x = Shl(LoadU16(p), 16);
-    return {(float32x4_t)x.a, (float32x4_t)x.b, (float32x4_t)x.c, (float32x4_t)x.d};
-  }
+  static F LoadBf16(const void* p) { return FromBits(Shl(LoadU16(p), 16)); }
   static float Sum(F x) {
     const float32x4_t s = (x.a + x.c) + (x.b + x.d);
     const float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
     return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
   }
+  static float Largest(F x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }
 
   static I ISet(int32_t x) {
     const uint32x4_t y = vdupq_n_u32((uint32_t)x);
@@ -76,6 +74,7 @@ struct Simd {
   // A byte of each row.
   static B BSet(int x) { return vdupq_n_u8((uint8_t)x); }
   static B BLoad(const uint8_t* p) { return vld1q_u8(p); }
+  static void BStore(void* p, B x) { vst1q_u8((uint8_t*)p, x); }
   static B BAnd(B x, B y) { return x & y; }
   static B BOr(B x, B y) { return x | y; }
   static B BAdd(B x, B y) { return x + y; }
@@ -116,6 +115,12 @@ struct Simd {
   static F ToFloat(I x) {
     return {vcvtq_f32_s32((int32x4_t)x.a), vcvtq_f32_s32((int32x4_t)x.b), vcvtq_f32_s32((int32x4_t)x.c),
             vcvtq_f32_s32((int32x4_t)x.d)};
+  }
+  static I Bits(F x) { return {(uint32x4_t)x.a, (uint32x4_t)x.b, (uint32x4_t)x.c, (uint32x4_t)x.d}; }
+  static F FromBits(I x) { return {(float32x4_t)x.a, (float32x4_t)x.b, (float32x4_t)x.c, (float32x4_t)x.d}; }
+  static I Round(F x) {  // To the nearest, ties to even.
+    return {(uint32x4_t)vcvtnq_s32_f32(x.a), (uint32x4_t)vcvtnq_s32_f32(x.b), (uint32x4_t)vcvtnq_s32_f32(x.c),
+            (uint32x4_t)vcvtnq_s32_f32(x.d)};
   }
   static I Lookup(I codes, const uint8_t* table) {
     const B t = vld1q_u8(table);

@@ -71,15 +71,14 @@ struct Simd {
   }
   static float HalfOne(uint16_t h) { return HalfToFloat(h); }
   static __attribute__((noinline)) void StoreHalf(uint16_t* p, F a) { for (int i = 0; i < 16; i++) p[i] = FloatToHalf(a[i]); }
-  static F LoadBf16(const void* p) {
-    const I bits = LoadU16(p) << 16;
-    F r;
-    __builtin_memcpy(&r, &bits, 64);
-    return r;
-  }
+  static F LoadBf16(const void* p) { return FromBits(LoadU16(p) << 16); }
   static float Sum(F a) {  // The same tree as the vector versions, so that results agree.
     for (int width = 8; width > 0; width /= 2)
       for (int i = 0; i < width; i++) a[i] += a[i + width];
+    return a[0];
+  }
+  static float Largest(F a) {
+    for (int i = 1; i < 16; i++) a[0] = a[i] > a[0] ? a[i] : a[0];
     return a[0];
   }
 
@@ -89,6 +88,7 @@ struct Simd {
   // A byte of each row.
   static B BSet(int x) { return (uint8_t)x + B{}; }
   static B BLoad(const uint8_t* p) { B r; __builtin_memcpy(&r, p, 16); return r; }
+  static void BStore(void* p, B a) { __builtin_memcpy(p, &a, 16); }
   static B BAnd(B a, B b) { return a & b; }
   static B BOr(B a, B b) { return a | b; }
   static B BAdd(B a, B b) { return a + b; }
@@ -118,6 +118,10 @@ struct Simd {
   static I Shr(I a, int n) { return a >> n; }
   static I SubI(I a, I b) { return a - b; }
   static F ToFloat(I a) { return __builtin_convertvector((Signed)a, F); }
+  static I Bits(F a) { I r; __builtin_memcpy(&r, &a, 64); return r; }
+  static F FromBits(I a) { F r; __builtin_memcpy(&r, &a, 64); return r; }
+  // To the nearest, ties to even, where |a| < 2^22: 1.5 * 2^23 leaves the integer in the low bits.
+  static I Round(F a) { return Bits(a + 12582912.0f) - 0x4B400000u; }
   // Each byte of `codes` (0..15) replaced by table[code].
   static __attribute__((noinline)) I Lookup(I codes, const uint8_t* table) {
     uint8_t b[64];

@@ -118,9 +118,8 @@ class _Runner:
     """A state with the test's n_depth tokens in a cache that has room for the rest."""
     slots = max(256, 1 << (test.context - 1).bit_length())
     kv, depth = self._engine.kv, self._depth(test)
-    window = 0 if kv is None else kv.window(slots)
     config = self._engine.model.config
-    state = new_state(config, test.n_batch, slots, self._engine.kv_dtype, window)
+    state = new_state(config, test.n_batch, slots, self._engine.kv_dtype, kv)
     state = jax.device_put(state, self._device)
     if depth:
       state, _ = self._prefill(state, depth)

@@ -325,12 +325,9 @@ class Engine:
   ) -> CompressedKV:
     """What a prefilled state holds, compressed as `kv` says; `room` tokens a row are to come."""
     assert self.kv is not None
-    cache, queries = state.cache, None
-    if isinstance(cache, Recording):
-      queries, cache = cache.queries, cache.cache
-    assert isinstance(cache, tuple)
+    assert isinstance(state.cache, Recording)
     config = self.model.config
-    return CompressedKV(self.kv, config, cache, queries, lengths, room, store, prefixes)
+    return CompressedKV(self.kv, config, state.cache, lengths, room, store, prefixes)
 
   def _chunk(
     self,

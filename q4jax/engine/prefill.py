@@ -10,6 +10,7 @@ import numpy as np
 from q4jax.engine.programs import Programs, State, new_state
 from q4jax.kv.compress import restore
 from q4jax.kv.store import KVStore, Prefixes
+from q4jax.model.caches import Recording
 
 if TYPE_CHECKING:
   from q4jax.engine.engine import Engine
@@ -37,12 +38,11 @@ def prefill(
     batch, slots: of the cache; rows behind the prompts stay empty.
     prefixes: what `store` has of them, which is not read again.
   """
-  config, kv = engine.model.config, engine.kv
-  window = 0 if kv is None else kv.window(slots)
+  config = engine.model.config
   # Placed where the programs' results will be: else the second call would compile again.
   state, hidden = jax.device_put(
     (
-      new_state(config, batch, slots, engine.kv_dtype, window),
+      new_state(config, batch, slots, engine.kv_dtype, engine.kv),
       jnp.zeros((batch, config.d_model), jnp.float32),
     ),
     next(iter(engine.model.leaves[0].devices())),
@@ -75,8 +75,9 @@ def _restored(
   state: State, ids: list[np.ndarray], begin: np.ndarray, prefixes: Prefixes, store: KVStore
 ) -> State:
   """The state with the known tokens behind the sinks in the dense cache."""
-  cache, kv = state.cache, store.kv
-  assert isinstance(cache, tuple)
+  kv = store.kv
+  assert isinstance(state.cache, Recording)
+  cache = state.cache.cache
   known = np.array([found.shape[1] for found in prefixes.blocks])
   slots = cache[0].shape[3]
   width = min(bucket(int(known.max())), (slots - kv.protect.sink) // kv.block_size)
@@ -95,9 +96,9 @@ def _restored(
   )
   store.put(arrays, ())
   length = jnp.where(begin > 0, jnp.asarray(begin, jnp.int32), state.length)
-  return _placed(state, cache, length, seen)
+  return _placed(state, Recording(cache), length, seen)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
-def _placed(state: State, cache: tuple, length: jax.Array, seen: jax.Array) -> State:
+def _placed(state: State, cache: Recording, length: jax.Array, seen: jax.Array) -> State:
   return State(cache, length, state.token, state.remaining, state.seen | seen)

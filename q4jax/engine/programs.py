@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from q4jax.config import LlamaConfig
 from q4jax.engine.sampling import SamplingArrays, sample
-from q4jax.model.caches import KVCache, Recording, Span
+from q4jax.kv.config import KVConfig
+from q4jax.model.caches import KVCache, Span
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
 
@@ -57,19 +58,15 @@ class Output:
 
 
 def new_state(
-  config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype, window: int = 0
+  config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype, kv: KVConfig | None = None
 ) -> State:
-  """An empty state for `batch` sequences of up to `slots` tokens.
-
-  With a `window` the last so many queries are remembered, for a policy of eviction.
-  """
+  """An empty state for `batch` sequences of up to `slots` tokens, that are to be compressed so."""
   shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-  queries = (config.num_layers, batch, window, config.num_heads, config.head_dim)
   zeros = jnp.zeros((batch,), jnp.int32)
   # Keys and values are separate buffers: each is donated and updated in place.
   dense = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
   return State(
-    cache=Recording(dense, jnp.zeros(queries)) if window else dense,
+    cache=dense if kv is None else kv.recording(dense, config.num_heads),
     length=zeros,
     token=zeros + 0,
     remaining=zeros + 0,

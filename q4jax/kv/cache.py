@@ -10,14 +10,13 @@ import numpy as np
 
 from q4jax.config import LlamaConfig
 from q4jax.errors import PoolExhaustedError
-from q4jax.kv.compress import Decision, decide, pack, spilled_after
+from q4jax.kv.compress import decide, pack, spilled_after
 from q4jax.kv.config import KVConfig
 from q4jax.kv.evict import choose, compact, hide
 from q4jax.kv.observed import observe, spill_mass
 from q4jax.kv.pool import BlockPool
 from q4jax.kv.store import KVStore, Prefixes
-from q4jax.model.caches import Compressed
-from q4jax_kernels.attention import Cache
+from q4jax.model.caches import Compressed, Recording
 from q4jax_kernels.paged_attention import Paged, spill
 
 _decide = jax.jit(decide, static_argnames="kv")
@@ -28,16 +27,15 @@ _hide = jax.jit(hide, donate_argnames="cache")
 
 @partial(jax.jit, static_argnames="kv", donate_argnames="paged")
 def _pack(
-  cache: Cache,
-  decision: Decision,
-  queries: jax.Array | None,
+  prompt: Recording,
+  keep: jax.Array,
   length: jax.Array,
   table: jax.Array,
   paged: Paged,
   kv: KVConfig,
 ) -> Compressed:
-  paged = pack(cache, decision.keep, length, table, paged, kv)
-  observed = observe(decision, queries, length, table.shape[2], kv)
+  paged = pack(prompt.cache, keep, length, table, paged, kv)
+  observed = observe(prompt, keep, length, table.shape[2], kv)
   return Compressed(paged, spilled_after(length, kv), observed, kv.rotate)
 
 
@@ -88,8 +86,7 @@ class CompressedKV:
   Args:
     kv: what to do.
     config: of the model.
-    cache: dense, of all layers; not needed afterwards.
-    queries: as `decide` wants them.
+    prompt: what prefill left, as `KVConfig.recording` began it; not needed afterwards.
     length: tokens of each row's prompt; 0 for a row of padding.
     room: tokens that each row may decode.
     store: where the blocks are; one of its own, of as many as this batch can need, if None.
@@ -103,8 +100,7 @@ class CompressedKV:
     self,
     kv: KVConfig,
     config: LlamaConfig,
-    cache: Cache,
-    queries: jax.Array | None,
+    prompt: Recording,
     length: np.ndarray,
     room: np.ndarray,
     store: KVStore | None = None,
@@ -115,13 +111,13 @@ class CompressedKV:
     self._length, self._started = length.astype(np.int64), length > 0
     self._evicted = self._length  # tokens seen when the row's last turn to be evicted was
     self._spilled = np.asarray(spilled_after(self._length, kv))
-    decision = _decide(cache, queries, jnp.asarray(length, jnp.int32), kv=kv)
-    self._kept = np.array(decision.keep.sum(-1))  # [L, B]
+    keep = _decide(prompt, jnp.asarray(length, jnp.int32), kv=kv)
+    self._kept = np.array(keep.sum(-1))  # [L, B]
     stored = np.broadcast_to(self._spilled, self._kept.shape) if kv.mask else self._kept
     counts = -(-stored // kv.block_size)
     most = most_blocks(kv, self._length, np.where(self._started, room, 0), counts)
     width = _bucket(int(most.max()) + 1)
-    device = next(iter(cache[0].devices()))
+    device = next(iter(prompt.cache[0].devices()))
     if store is None:
       store = KVStore(kv, config, _pool_size(1 + int(most.sum())), device)
     self.store = store
@@ -133,7 +129,7 @@ class CompressedKV:
       fresh = self.table
     else:
       fresh = self._share(counts, prefixes)
-    k, v = jax.device_put(self._dense(cache[0].dtype), device)
+    k, v = jax.device_put(self._dense(prompt.cache[0].dtype), device)
     keys, values, slot_pos = store.take()
     paged = Paged(
       k,
@@ -147,7 +143,7 @@ class CompressedKV:
       kv.protect.recent,
     )
     self.state = _pack(
-      cache, decision, queries, jnp.asarray(length, jnp.int32), jnp.asarray(fresh), paged, kv=kv
+      prompt, keep, jnp.asarray(length, jnp.int32), jnp.asarray(fresh), paged, kv=kv
     )
 
   def _dense(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

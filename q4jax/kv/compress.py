@@ -5,7 +5,7 @@ the prompt is over by then: tokens are scored, evicted, and only then rounded.
 """
 
 import dataclasses
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from q4jax.kv.config import KVConfig
 from q4jax.kv.policy import ScoreContext
+from q4jax.model.caches import Recording
 from q4jax_kernels import kv_pages
 from q4jax_kernels.attention import Cache
 from q4jax_kernels.hadamard import rotate
@@ -20,9 +21,6 @@ from q4jax_kernels.kv_pages import Pages
 from q4jax_kernels.paged_attention import Paged
 
 _Array = TypeVar("_Array", jax.Array, np.ndarray)
-
-# Most numbers of attention probabilities that exist at once while they are summed.
-_CHUNK = 16 << 20
 
 
 def spilled_after(length: _Array, kv: KVConfig) -> _Array:
@@ -36,28 +34,14 @@ def spilled_after(length: _Array, kv: KVConfig) -> _Array:
   return (over.clip(0) + size - 1) // size * size
 
 
-class Decision(NamedTuple):
-  """Which tokens of a prompt go to the blocks.
-
-  Attributes:
-    keep: bool[L, B, S], the tokens of each layer that leave the ring and are not evicted.
-    mass: float32[L, B, K, S], attention that each token got from the prompt; None where decoding
-      does not go on with it.
-  """
-
-  keep: jax.Array
-  mass: jax.Array | None
-
-
-def decide(cache: Cache, queries: jax.Array | None, length: jax.Array, kv: KVConfig) -> Decision:
-  """The tokens of each layer that go to the blocks, which eviction leaves of them.
+def decide(prompt: Recording, length: jax.Array, kv: KVConfig) -> jax.Array:
+  """bool[L, B, S]: the tokens of each layer that leave the ring and are not evicted.
 
   Args:
-    cache: dense, [L, B, K, S, H]; slot s holds position s.
-    queries: float32[L, B, W, N, H], as the policy's needs say, the last row that of position
-      length - 1; None where there is no policy, or it needs none.
+    prompt: what prefill left; slot s holds position s, the last query is of position length - 1.
     length: int32[B], tokens of the prompts.
   """
+  cache = prompt.cache
   slots = cache[0].shape[3]
   pos = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (len(length), slots))
   valid = pos < length[:, None]
@@ -65,76 +49,55 @@ def decide(cache: Cache, queries: jax.Array | None, length: jax.Array, kv: KVCon
   leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
   policy, select = kv.policy, kv.select
   if policy is None:
-    return Decision(jnp.broadcast_to(leaves, (cache[0].shape[0], *leaves.shape)), None)
+    return jnp.broadcast_to(leaves, (cache[0].shape[0], *leaves.shape))
   # What stays in the ring stays whatever its score, and counts as kept.
   eligible = valid & leaves & ~kv.protect(pos, length, valid)
 
-  def layer(arrays: tuple[jax.Array, jax.Array, jax.Array | None]) -> Decision:
-    context = _context(*arrays, pos, valid, length, kv)
-    keep = select(policy(context), eligible, valid, length) & leaves
-    return Decision(keep, context.mass if kv.decode_mass else None)
+  def layer(arrays: tuple) -> jax.Array:
+    k, v, queries, mass = arrays
+    context = _context(k, v, queries, mass, pos, valid, length, kv)
+    return select(policy(context), eligible, valid, length) & leaves
 
-  return jax.lax.map(layer, (*cache, queries))
+  return jax.lax.map(layer, (*cache, prompt.queries, prompt.mass))
 
 
 def _context(
   k: jax.Array,
   v: jax.Array,
   queries: jax.Array | None,
+  mass: jax.Array | None,
   pos: jax.Array,
   valid: jax.Array,
   length: jax.Array,
   kv: KVConfig,
 ) -> ScoreContext:
-  """What the policy may know of one layer: k, v [B, K, S, H], queries [B, W, N, H]."""
+  """What the policy may know of one layer: k, v [B, K, S, H], queries [B, W, N, H], mass."""
   assert kv.policy is not None
-  needs = kv.policy.needs
-  context = ScoreContext(pos, valid, length, k.shape[1], k=k, v=v)
-  if queries is None:
-    return context
-  context = dataclasses.replace(context, queries=queries.swapaxes(1, 2))
-  if needs.attn == "cumulative":
-    mass, visits = _mass(queries, k, length)
-    return dataclasses.replace(context, mass=mass, visits=visits)
-  attn = attention(queries, k, pos, length, 0) if needs.attn == "window" else None
-  return dataclasses.replace(context, attn=attn)
+  context = ScoreContext(pos, valid, length, k.shape[1], k=k, v=v, mass=mass)
+  if mass is not None:
+    visits = (length[:, None] - pos).clip(0).astype(jnp.float32)
+    context = dataclasses.replace(context, visits=visits)
+  if queries is not None:
+    context = dataclasses.replace(context, queries=queries.swapaxes(1, 2))
+    if kv.policy.needs.attn == "window":
+      context = dataclasses.replace(context, attn=attention(queries, k, pos, length))
+  return context
 
 
-def attention(
-  queries: jax.Array, k: jax.Array, pos: jax.Array, length: jax.Array, from_end: int | jax.Array
-) -> jax.Array:
+def attention(queries: jax.Array, k: jax.Array, pos: jax.Array, length: jax.Array) -> jax.Array:
   """float32[B, N, W, S]: causal softmax of queries [B, W, N, H] over k [B, K, S, H].
 
-  The last query is that of position length - 1 - from_end. Rows before the first token are 0.
+  The last query is that of position length - 1. Rows before the first token are 0.
   `pos` int32[B, S] is where the slots' tokens stand; one that holds none is at `length` or later.
   """
   b, window, n, h = queries.shape
   kv_heads, slots = k.shape[1:3]
   q = queries.reshape(b, window, kv_heads, n // kv_heads, h)
   logits = jnp.einsum("bwkrh,bksh->bkrws", q, k.astype(jnp.float32)) * h**-0.5
-  at = (length - from_end)[:, None] - window + jnp.arange(window)[None]  # [B, W]
+  at = length[:, None] - window + jnp.arange(window)[None]  # [B, W]
   seen = (pos[:, None] <= at[..., None])[:, None, None]
   p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
   return jnp.where(seen, p, 0.0).reshape(b, n, window, slots)
-
-
-def _mass(queries: jax.Array, k: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Attention that each slot got from all queries [B, W, N, H], W >= length: mass and visits."""
-  b, window, n, _ = queries.shape
-  kv_heads, slots = k.shape[1:3]
-  rows = max(1, min(window, _CHUNK // (b * n * slots)))
-  padded = jnp.pad(queries, ((0, 0), (-window % rows, 0), (0, 0), (0, 0)))
-  steps = padded.shape[1] // rows
-  pos = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (b, slots))
-
-  def step(i: jax.Array, mass: jax.Array) -> jax.Array:
-    part = jax.lax.dynamic_slice_in_dim(padded, i * rows, rows, axis=1)
-    p = attention(part, k, pos, length, (steps - 1 - i) * rows).sum(axis=2)
-    return mass + p.reshape(b, kv_heads, n // kv_heads, slots).mean(axis=2)
-
-  mass = jax.lax.fori_loop(0, steps, step, jnp.zeros((b, kv_heads, slots)))
-  visits = (length[:, None] - jnp.arange(slots)[None]).clip(0).astype(jnp.float32)
-  return mass, visits
 
 
 def pack(

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
+
 from q4jax.config import LlamaConfig
 from q4jax.errors import ConfigError
 from q4jax.kv.policy import Policy
 from q4jax.kv.protect import Protect
 from q4jax.kv.select import Select, UnionRank
+from q4jax.model.caches import Recording
+from q4jax_kernels.attention import Cache
 from q4jax_kernels.kv_format import KVFormat
 
 FLOAT16 = KVFormat(16)
@@ -67,29 +71,30 @@ class KVConfig:
         "does not promise them. Choose UnionRank, TopK, MedianStd or Quantile."
       )
 
-  def window(self, slots: int) -> int:
-    """Queries that prefill must remember for the policy, of at most `slots`; 0 if none."""
+  @property
+  def window(self) -> int:
+    """Queries that must be remembered for the policy, of the prompt's last; 0 if none."""
     if self.policy is None:
       return 0
     needs = self.policy.needs
-    if needs.attn == "cumulative":
-      return slots
     return needs.window if needs.attn == "window" or needs.queries else 0
 
   @property
-  def decode_window(self) -> int:
-    """Queries that decoding must remember for the policy; 0 if none."""
-    if self.policy is None or not self.evict_every:
-      return 0
-    needs = self.policy.needs
-    return needs.window if needs.attn == "window" or needs.queries else 0
+  def mass(self) -> bool:
+    """Whether the attention that each slot gets must be summed for the policy."""
+    return self.policy is not None and self.policy.needs.attn == "cumulative"
 
   @property
-  def decode_mass(self) -> bool:
-    """Whether decoding must sum, for the policy, the attention that each slot gets."""
-    if self.policy is None or not self.evict_every:
-      return False
-    return self.policy.needs.attn == "cumulative"
+  def evicts_again(self) -> bool:
+    """Whether decoding must go on remembering these."""
+    return self.policy is not None and self.evict_every > 0
+
+  def recording(self, dense: Cache, num_heads: int) -> Recording:
+    """An empty dense cache [L, B, K, S, H] that remembers what the policy needs of a prompt."""
+    layers, batch, _, _, head_dim = dense[0].shape
+    shape = (layers, batch, self.window, num_heads, head_dim)
+    queries = jnp.zeros(shape) if self.window else None
+    return Recording(dense, queries, jnp.zeros(dense[0].shape[:-1]) if self.mass else None)
 
   def bits_per_value(self, head_dim: int) -> float:
     """Mean bits of a number in the blocks, its part of scales and minimums counted."""

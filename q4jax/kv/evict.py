@@ -76,7 +76,7 @@ def choose(
       queries = jnp.take_along_axis(queries, at[:, :, None, None], axis=1)  # the newest last
       given["queries"] = queries.swapaxes(1, 2)
       if needs.attn == "window":
-        given["attn"] = attention(queries, given["k"], pos, length, 0)
+        given["attn"] = attention(queries, given["k"], pos, length)
     if mass is not None:
       both = jnp.concatenate(mass, axis=2)
       given["mass"] = jnp.take_along_axis(both, order[:, None], axis=2)

@@ -3,33 +3,34 @@
 import jax
 import jax.numpy as jnp
 
-from q4jax.kv.compress import Decision, dense_part, dense_pos, in_front, spilled_after, stored
+from q4jax.kv.compress import dense_part, dense_pos, in_front, spilled_after, stored
 from q4jax.kv.config import KVConfig
-from q4jax.model.caches import Observed
+from q4jax.model.caches import Observed, Recording
 from q4jax_kernels.paged_attention import Mass, Paged, spills
 
 
 def observe(
-  decision: Decision, queries: jax.Array | None, length: jax.Array, width: int, kv: KVConfig
+  prompt: Recording, keep: jax.Array, length: jax.Array, width: int, kv: KVConfig
 ) -> Observed:
   """What is known of a prompt of int32[B] tokens, for blocks as `pack` fills them.
 
   Args:
-    queries: float32[L, B, W, N, H] as `decide` had them.
+    keep: bool[L, B, S] from `decide`.
     width: P, of the block table.
   """
-  ring, mass = None, None
-  if kv.decode_window:
-    assert queries is not None
-    ago = (length[:, None] - 1 - jnp.arange(kv.decode_window)[None]) % kv.decode_window
-    ring = jnp.take_along_axis(queries, queries.shape[2] - 1 - ago[None, :, :, None, None], axis=2)
-  if decision.mass is not None:
-    stays = stored(decision.keep, length, kv)
+  if not kv.evicts_again:
+    return Observed()
+  ring, mass, window = None, None, kv.window
+  if prompt.queries is not None:
+    ago = (length[:, None] - 1 - jnp.arange(window)[None]) % window
+    ring = jnp.take_along_axis(prompt.queries, window - 1 - ago[None, :, :, None, None], axis=2)
+  if prompt.mass is not None:
+    stays = stored(keep, length, kv)
     order = in_front(stays, width * kv.block_size)
     filled = jnp.arange(order.shape[2])[None, None] < stays.sum(-1, keepdims=True)
-    paged = jnp.take_along_axis(decision.mass, order[:, :, None], axis=3)
+    paged = jnp.take_along_axis(prompt.mass, order[:, :, None], axis=3)
     live = dense_pos(length, spilled_after(length, kv), kv) >= 0
-    dense = dense_part(decision.mass[..., None], length, kv)[..., 0]
+    dense = dense_part(prompt.mass[..., None], length, kv)[..., 0]
     # Slots that no token is in are 0, so that the next one's sum begins there.
     mass = Mass(
       jnp.where(filled[:, :, None], paged, 0.0), jnp.where(live[None, :, None], dense, 0.0)

@@ -73,14 +73,11 @@ def stepped_quality(
     )
   model.check_ids(tokens)
   programs = _PROGRAMS.setdefault(model, _Programs(model))
-  window = kv.window(total)
   slots = -(-total // 64) * 64
-  prompts = jnp.asarray(tokens[:, :prompt])
-  dense, queries = programs.prefill(model.leaves, prompts, slots, window, kv_dtype)
+  read = programs.prefill(model.leaves, jnp.asarray(tokens[:, :prompt]), slots, kv, kv_dtype)
+  dense = read.cache
   length = np.full(batch, prompt)
-  compressed = CompressedKV(
-    kv, model.config, dense, queries, length, np.full(batch, total - prompt)
-  )
+  compressed = CompressedKV(kv, model.config, read, length, np.full(batch, total - prompt))
   cache, running = compressed.state, np.ones(batch, bool)
   parts = []
   for at in range(prompt, total - 1):
@@ -115,20 +112,15 @@ _PROGRAMS: WeakKeyDictionary[Model, _Programs] = WeakKeyDictionary()
 
 
 def _prefill(
-  module: Llama, tokens: jax.Array, slots: int, window: int, dtype: jnp.dtype
-) -> tuple[Cache, jax.Array | None]:
+  module: Llama, tokens: jax.Array, slots: int, kv: KVConfig, dtype: jnp.dtype
+) -> Recording:
   c, (batch, count) = module.config, tokens.shape
   shape = (c.num_layers, batch, c.num_kv_heads, slots, c.head_dim)
-  dense: Cache = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-  cache: KVCache = dense
-  if window:
-    cache = Recording(dense, jnp.zeros((c.num_layers, batch, window, c.num_heads, c.head_dim)))
+  cache = kv.recording((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), c.num_heads)
   zeros = jnp.zeros(batch, jnp.int32)
-  _, cache = module.hidden(tokens, cache, Span(zeros, zeros + count))
-  if isinstance(cache, Recording):
-    return cache.cache, cache.queries
-  assert isinstance(cache, tuple)
-  return cache, None
+  _, read = module.hidden(tokens, cache, Span(zeros, zeros + count))
+  assert isinstance(read, Recording)
+  return read
 
 
 def _step(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from q4jax_kernels.attention import Cache, cached_attention
+from q4jax_kernels.attention import Cache, cached_attention, scored_attention
 from q4jax_kernels.hadamard import rotate
 from q4jax_kernels.paged_attention import Mass, Paged, decode_attention
 
@@ -27,15 +27,19 @@ class Span(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recording:
-  """A dense cache that also remembers the last queries, which eviction policies score by.
+  """A dense cache that also remembers what eviction policies score by; None what they do not need.
 
   Attributes:
     cache: keys and values of all layers.
-    queries: float32[L, B, W, N, H], RoPE applied, the newest last; 0 where there is none.
+    queries: float32[L, B, W, N, H], the last ones, RoPE applied, the newest last; 0 where there is
+      none.
+    mass: float32[L, B, K, S], the attention that each slot has received from all queries, its mean
+      over the query heads of its KV head.
   """
 
   cache: Cache
-  queries: jax.Array
+  queries: jax.Array | None = None
+  mass: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -83,26 +87,42 @@ def attend(
   Returns float32[B, T, N, H], zero where a token is padding, and the updated cache.
   """
   if isinstance(cache, Recording):
-    out, dense = cached_attention(q, k, v, cache.cache, span.start, span.length, layer)
-    return out, Recording(dense, _remember(cache.queries, q, span.length, layer))
+    return _attend_recording(q, k, v, cache, span, layer)
   if isinstance(cache, Compressed):
-    active, observed = span.length > 0, cache.observed
-    queries = observed.queries
-    if queries is not None:
-      slot = jnp.where(active, span.start % queries.shape[2], queries.shape[2])  # or dropped
-      queries = queries.at[layer, jnp.arange(len(slot)), slot].set(q[:, 0], mode="drop")
-    if cache.rotated:
-      q, k, v = rotate(q), rotate(k), rotate(v)
-    scores = observed.mass is not None
-    out, paged, mass = decode_attention(
-      q, k, v, cache.paged, span.start, cache.spilled, active, layer, scores=scores
-    )
-    if observed.mass is not None and mass is not None:
-      both = zip(observed.mass, mass, strict=True)
-      mass = Mass(*(total.at[layer].add(new) for total, new in both))
-    new = Compressed(paged, cache.spilled, Observed(queries, mass), cache.rotated)
-    return rotate(out) if cache.rotated else out, new
+    return _attend_compressed(q, k, v, cache, span, layer)
   return cached_attention(q, k, v, cache, span.start, span.length, layer)
+
+
+def _attend_recording(
+  q: jax.Array, k: jax.Array, v: jax.Array, cache: Recording, span: Span, layer: int
+) -> tuple[jax.Array, Recording]:
+  where, queries, mass = (span.start, span.length, layer), cache.queries, cache.mass
+  if queries is not None:
+    queries = _remember(queries, q, span.length, layer)
+  if mass is None:
+    out, dense = cached_attention(q, k, v, cache.cache, *where)
+  else:
+    out, dense, mass = scored_attention(q, k, v, cache.cache, mass, *where)
+  return out, Recording(dense, queries, mass)
+
+
+def _attend_compressed(
+  q: jax.Array, k: jax.Array, v: jax.Array, cache: Compressed, span: Span, layer: int
+) -> tuple[jax.Array, Compressed]:
+  active, (queries, total) = span.length > 0, (cache.observed.queries, cache.observed.mass)
+  if queries is not None:
+    slot = jnp.where(active, span.start % queries.shape[2], queries.shape[2])  # or dropped
+    queries = queries.at[layer, jnp.arange(len(slot)), slot].set(q[:, 0], mode="drop")
+  if cache.rotated:
+    q, k, v = rotate(q), rotate(k), rotate(v)
+  out, paged, mass = decode_attention(
+    q, k, v, cache.paged, span.start, cache.spilled, active, layer, scores=total is not None
+  )
+  if total is not None and mass is not None:
+    both = zip(total, mass, strict=True)
+    total = Mass(*(old.at[layer].add(new) for old, new in both))
+  new = Compressed(paged, cache.spilled, Observed(queries, total), cache.rotated)
+  return rotate(out) if cache.rotated else out, new
 
 
 def _remember(queries: jax.Array, q: jax.Array, length: jax.Array, layer: int) -> jax.Array:

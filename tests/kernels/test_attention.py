@@ -14,7 +14,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from q4jax_kernels import ffi
-from q4jax_kernels.attention import cached_attention, causal_attention, cpu, reference
+from q4jax_kernels.attention import (
+  cached_attention,
+  causal_attention,
+  cpu,
+  reference,
+  scored_attention,
+)
 
 NATIVE = {f"native-{isa}": isa for isa in ("scalar", "avx2", "avx512", "neon")}
 IMPLEMENTATIONS = ("reference", *NATIVE)
@@ -115,6 +121,43 @@ class Case:
       expected = brute_force(self.q[row], keys, values, first, count)
       np.testing.assert_allclose(out[row], expected, rtol=2e-5, atol=2e-6)
       assert not np.asarray(out[row, count:]).any(), "padding is zero"
+
+
+def scored(implementation: str) -> Callable[..., Any]:
+  if implementation == "reference":
+    return jax.jit(functools.partial(reference.scored_attention, layer=LAYER))
+  isa = NATIVE[implementation]
+  if ffi.isa_name(isa) is None:
+    pytest.skip(f"this processor, or this build, has no {isa}")
+  return jax.jit(functools.partial(cpu.scored_attention, layer=LAYER, isa=isa))
+
+
+@pytest.mark.parametrize("implementation", ["door", *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+  ("t", "heads", "kv_heads", "cache"),
+  [(1, 6, 2, "f16"), (3, 4, 1, "f32"), (150, 4, 2, "f16"), (33, 8, 1, "f32")],
+)
+def test_mass(implementation: str, t: int, heads: int, kv_heads: int, cache: str) -> None:
+  """Added to what was there; of real queries, and of no slot that none of them sees."""
+  case = Case(
+    [0, 5, 30, 7], [t, max(t - 2, 0), t, 0], t=t, s=200, heads=heads, kv_heads=kv_heads, cache=cache
+  )  # fmt: skip
+  before = np.random.default_rng(1).random((LAYERS, 4, kv_heads, 200), np.float32)
+  q, k, v, caches, *where = case.arguments
+  run = jax.jit(functools.partial(scored_attention, layer=LAYER))
+  run = run if implementation == "door" else scored(implementation)
+  out, caches, mass = run(q, k, v, caches, jnp.array(before), *where)
+  case.check(out, caches)
+  expected = before.astype(np.float64)
+  for row, (first, count) in enumerate(zip(*case.range, strict=True)):
+    keys = case.after[0][row].astype(np.float64)
+    for i, head in itertools.product(range(count), range(heads)):
+      kv_head, seen = head * kv_heads // heads, first + i + 1
+      e = np.exp(keys[kv_head, :seen] @ case.q[row, i, head] / 4)
+      expected[LAYER, row, kv_head, :seen] += e / e.sum() * kv_heads / heads
+  np.testing.assert_allclose(mass, expected, rtol=2e-5, atol=2e-6)
+  again = run(q, k, v, case.arguments[3], jnp.array(before), *where)[2]
+  np.testing.assert_array_equal(mass, again)
 
 
 @pytest.mark.parametrize(

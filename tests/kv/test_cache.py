@@ -21,7 +21,7 @@ from q4jax.kv.config import KVConfig
 from q4jax.kv.policy import get_policy
 from q4jax.kv.protect import Protect
 from q4jax.kv.select import LogZ, MedianStd, Select, TopP, UnionRank
-from q4jax.model.caches import Compressed
+from q4jax.model.caches import Compressed, Recording
 from q4jax.model.model import Model
 from q4jax_kernels.kv_format import KVFormat
 
@@ -173,8 +173,7 @@ class Fixed:
     self.host = CompressedKV(
       kv,
       dims(),
-      (jnp.asarray(self.k), jnp.asarray(self.v)),
-      None,
+      Recording((jnp.asarray(self.k), jnp.asarray(self.v))),
       self.length.copy(),
       np.full(2, 200),
       None if num_blocks is None else store_of(kv, dims(), num_blocks),
@@ -240,7 +239,7 @@ def test_bytes(symmetric: bool, head_dim: int) -> None:
   blocks = layers * -(-(kept - 4 - ring) // 32)
   scales = head_dim // 32 * 2 * (1 if symmetric else 2)
   store = store_of(kv, config, 1 + blocks)
-  held = CompressedKV(kv, config, (dense[0], dense[1]), None, length, room, store)
+  held = CompressedKV(kv, config, Recording((dense[0], dense[1])), length, room, store)
   use, paged = held.usage, held.state.paged
   block = 32 * (2 * heads * (head_dim // 2 + scales) + 4)  # and four bytes of position
   ends = layers * 2 * heads * (4 + 64 + 32) * head_dim * 2

@@ -17,6 +17,7 @@ from q4jax.kv.config import KVConfig
 from q4jax.kv.policy import Needs, Policy, ScoreContext, get_policy
 from q4jax.kv.protect import Protect
 from q4jax.kv.select import UnionRank
+from q4jax.model.caches import Recording
 from q4jax_kernels import kv_pages
 from q4jax_kernels.hadamard import rotate
 from q4jax_kernels.kv_format import KVFormat, quantize
@@ -69,21 +70,22 @@ def random_queries(window: int, seed: int = 1) -> np.ndarray:
 def test_attention_of_the_last_queries() -> None:
   q, (k, _) = random_queries(9), random_cache()
   pos = jnp.broadcast_to(jnp.arange(S), (B, S))
-  found = compress.attention(jnp.array(q[0]), jnp.array(k[0]), pos, jnp.array(LENGTH), 0)
+  found = compress.attention(jnp.array(q[0]), jnp.array(k[0]), pos, jnp.array(LENGTH))
   for b, length in enumerate(LENGTH):
     np.testing.assert_allclose(found[b], probabilities(q[0, b], k[0, b], length), atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [S, 10, 1])
-def test_mass_of_all_queries(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(compress, "_CHUNK", rows * B * N * S)
-  q, (k, _) = random_queries(S), random_cache()
-  mass, visits = compress._mass(jnp.array(q[0]), jnp.array(k[0]), jnp.array(LENGTH))
-  for b, length in enumerate(LENGTH):
-    p = probabilities(q[0, b], k[0, b], length)
-    by_head = p.sum(axis=1).reshape(K, N // K, S).mean(axis=1)
-    np.testing.assert_allclose(mass[b], by_head, atol=1e-5)
-    assert visits[b].tolist() == [sum(s <= t for t in range(length)) for s in range(S)]
+def recorded(cache: tuple[np.ndarray, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+  return jnp.array(cache[0]), jnp.array(cache[1])
+
+
+def prompt_mass(q: np.ndarray, cache: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+  """float32[L, B, K, S], of all queries."""
+  mass = np.zeros((L, B, K, S))
+  for layer, b in np.ndindex(L, B):
+    p = probabilities(q[layer, b], cache[0][layer, b], LENGTH[b])
+    mass[layer, b] = p.sum(axis=1).reshape(K, N // K, S).mean(axis=1)
+  return jnp.array(mass, jnp.float32)
 
 
 def chosen(score: np.ndarray, length: int, kv: KVConfig) -> set[int]:
@@ -108,11 +110,11 @@ def test_decide(name: str, grace: int) -> None:
   policy = get_policy(name, **({"window": 9} if name == "threshold" else {}))
   protect = replace(KV.protect, grace=grace)
   kv = replace(KV, policy=policy, select=UnionRank(0.55), protect=protect)
-  window = kv.window(S)
+  window = kv.window or S
   q, cache = random_queries(window), random_cache()
   run = hasty(decide, static_argnames="kv")
-  arrays = (tuple(map(jnp.array, cache)), jnp.array(q), jnp.array(LENGTH))
-  keep = np.asarray(run(*arrays, kv=kv).keep)
+  prompt = Recording(recorded(cache), jnp.array(q) if kv.window else None, prompt_mass(q, cache))
+  keep = np.asarray(run(prompt, jnp.array(LENGTH), kv=kv))
   evicted = 0
   for layer in range(L):
     for b, length in enumerate(LENGTH):
@@ -129,7 +131,7 @@ def test_decide(name: str, grace: int) -> None:
 
 
 def test_decide_without_a_policy_keeps_all_that_leave() -> None:
-  keep = decide(tuple(map(jnp.array, random_cache())), None, jnp.array(LENGTH), KV).keep
+  keep = decide(Recording(recorded(random_cache())), jnp.array(LENGTH), KV)
   assert keep.shape == (L, B, S)
   for b, length in enumerate(LENGTH):
     for layer in range(L):
@@ -149,9 +151,11 @@ class Greedy(Policy):
 
 
 def test_a_policy_gets_all_it_needs() -> None:
-  kv, cache = replace(KV, policy=Greedy()), tuple(map(jnp.array, random_cache()))
+  kv, cache = replace(KV, policy=Greedy()), random_cache()
   run = hasty(decide, static_argnames="kv")
-  assert run(cache, jnp.array(random_queries(S)), jnp.array(LENGTH), kv=kv).keep.any()
+  mass = prompt_mass(random_queries(S), cache)
+  prompt = Recording(recorded(cache), jnp.array(random_queries(5)), mass)
+  assert run(prompt, jnp.array(LENGTH), kv=kv).any()
 
 
 INT4, INT8 = KVFormat(4, 8), KVFormat(8, symmetric=True)
@@ -238,7 +242,7 @@ def test_a_prompt_and_steps_are_the_longer_prompt() -> None:
   rng = np.random.default_rng(3)
   queries = rng.normal(size=(*shape, N, H)).astype(np.float32)
   room = np.full(B, steps)
-  short = CompressedKV(kv, config, (jnp.array(k), jnp.array(v)), None, length, room)
+  short = CompressedKV(kv, config, Recording(recorded((k, v))), length, room)
   cache, active = short.state, np.ones(B, bool)
   for i in range(steps):
     at = length + i
@@ -246,7 +250,7 @@ def test_a_prompt_and_steps_are_the_longer_prompt() -> None:
     cache = short.before_step(cache, jnp.asarray(at, jnp.int32), active)
     out, cache = attend_all(queries[i], *new, cache, jnp.asarray(at, jnp.int32), active)
     assert np.isfinite(out).all()
-  long = CompressedKV(kv, config, (jnp.array(k), jnp.array(v)), None, length + steps, room)
+  long = CompressedKV(kv, config, Recording(recorded((k, v))), length + steps, room)
   assert short.usage == long.usage
   both = [Holds.of(c) for c in (cache, long.state)]
   for layer, b in np.ndindex(L, B):

@@ -18,7 +18,7 @@ from q4jax.kv.evict import choose, compact
 from q4jax.kv.policy import get_policy, policy_names
 from q4jax.kv.protect import Protect
 from q4jax.kv.select import MedianStd, Select, TopK, UnionRank
-from q4jax.model.caches import Compressed, Observed
+from q4jax.model.caches import Compressed, Observed, Recording
 from q4jax_kernels import kv_pages
 from q4jax_kernels.kv_format import KVFormat
 from q4jax_kernels.kv_pages import Pages
@@ -144,7 +144,7 @@ def test_against_lists_of_tokens(name: str, grace: int, turn: bool, mask: bool) 
       rows[i][b].append(at)
     rows[i][b].evict(name, LENGTH[b], gone[b], kv)
 
-  window = kv.window(SLOTS)
+  window = kv.window
   queries = np.zeros((L, B, window, N, H), np.float32)
   for b, n in enumerate(LENGTH):
     count = min(n, window)
@@ -152,7 +152,12 @@ def test_against_lists_of_tokens(name: str, grace: int, turn: bool, mask: bool) 
   room, started = np.full(B, STEPS), LENGTH > 0
   dense = (jnp.asarray(k), jnp.asarray(v))
   recorded = jnp.asarray(queries) if window else None
-  host = CompressedKV(kv, dims(L, N, K, H), dense, recorded, LENGTH, room)
+  mass = np.zeros((L, B, K, SLOTS), np.float32)
+  for i, b in np.ndindex(L, B):
+    for p, m in rows[i][b].mass.items():
+      mass[i, b, :, p] = m
+  prompt = Recording(dense, recorded, jnp.asarray(mass) if kv.mass else None)
+  host = CompressedKV(kv, dims(L, N, K, H), prompt, LENGTH, room)
   cache, length, begun, evictions = host.state, LENGTH.copy(), LENGTH.copy(), 0
   for step in range(STEPS):
     running = started & [True, step >= 9, step < 100, True]  # so that turns differ, and one stops
@@ -310,8 +315,7 @@ class Steps:
     self.host = CompressedKV(
       kv,
       dims(L, N, K, H),
-      (dense[0], dense[1]),
-      None,
+      Recording((dense[0], dense[1])),
       self.length,
       np.full(2, 139),
       None if num_blocks is None else store_of(kv, dims(L, N, K, H), num_blocks),

@@ -36,16 +36,44 @@ def cached_attention(
   Returns:
     float32[B, T, N, H] and the updated cache. start + length <= S is the caller's to ensure.
   """
-  native = cache[0].dtype in (jnp.float16, jnp.float32) and ffi.available()
-  if not native:
-    return reference.cached_attention(q, k, v, cache, start, length, layer)
+  arguments = (q, k, v, cache, start, length)
+  if not _native(cache):
+    return reference.cached_attention(*arguments, layer)
   return jax.lax.platform_dependent(
-    q,
-    k,
-    v,
-    cache,
-    start,
-    length,
+    *arguments,
     cpu=partial(cpu.cached_attention, layer=layer),
     default=partial(reference.cached_attention, layer=layer),
   )
+
+
+def scored_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: Cache,
+  mass: jax.Array,
+  start: jax.Array,
+  length: jax.Array,
+  layer: int,
+) -> tuple[jax.Array, Cache, jax.Array]:
+  """`cached_attention`, which also adds up how much attention each slot gets.
+
+  Args:
+    mass: float32[L, B, K, S], donated where possible. To the layer's slots is added the softmax of
+      all T queries, its mean over the query heads of the slot's KV head.
+
+  Returns:
+    float32[B, T, N, H], the updated cache, the updated mass.
+  """
+  arguments = (q, k, v, cache, mass, start, length)
+  if not _native(cache):
+    return reference.scored_attention(*arguments, layer)
+  return jax.lax.platform_dependent(
+    *arguments,
+    cpu=partial(cpu.scored_attention, layer=layer),
+    default=partial(reference.scored_attention, layer=layer),
+  )
+
+
+def _native(cache: Cache) -> bool:
+  return cache[0].dtype in (jnp.float16, jnp.float32) and ffi.available()

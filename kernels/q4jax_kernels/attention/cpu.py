@@ -18,20 +18,52 @@ def cached_attention(
   isa: str = "best",
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Shapes as in api.py; the cache is float16 or float32. Only filled slots are read."""
+  out, cache, _ = _call(q, k, v, cache, jnp.zeros(0), start, length, layer, isa)
+  return out, cache
+
+
+def scored_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  mass: jax.Array,
+  start: jax.Array,
+  length: jax.Array,
+  layer: int,
+  isa: str = "best",
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+  """As in api.py. The mass costs one addition for each probability."""
+  return _call(q, k, v, cache, mass, start, length, layer, isa)
+
+
+def _call(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  mass: jax.Array,
+  start: jax.Array,
+  length: jax.Array,
+  layer: int,
+  isa: str,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+  """`mass` is empty where it is not asked for."""
   k_cache, v_cache = cache
   call = jax.ffi.ffi_call(
     "q4jax_attention",
-    [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k_cache, v_cache)],
-    input_output_aliases={3: 1, 4: 2},
+    [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k_cache, v_cache, mass)],
+    input_output_aliases={3: 1, 4: 2, 5: 3} if mass.size else {3: 1, 4: 2},
   )
-  out, k_cache, v_cache = call(
+  out, k_cache, v_cache, mass = call(
     *(a.astype(jnp.float32) for a in (q, k, v)),
     k_cache,
     v_cache,
+    mass,
     start,
     length,
     layer=np.int64(layer),
     scale=np.float32(q.shape[-1] ** -0.5),
     isa=np.int64(ffi.ISA_IDS[isa]),
   )
-  return out, (k_cache, v_cache)
+  return out, (k_cache, v_cache), mass

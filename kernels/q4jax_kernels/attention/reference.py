@@ -38,6 +38,35 @@ def cached_attention(
   layer: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Appends k, v to one layer of the cache and attends to it. Shapes as in api.py."""
+  return _attend(q, k, v, cache, start, length, layer)[:2]
+
+
+def scored_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  mass: jax.Array,
+  start: jax.Array,
+  length: jax.Array,
+  layer: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+  """As in api.py."""
+  out, cache, p = _attend(q, k, v, cache, start, length, layer)
+  real = jnp.arange(q.shape[1]).reshape(1, 1, 1, -1, 1) < length.reshape(-1, 1, 1, 1, 1)
+  return out, cache, mass.at[layer].add(jnp.where(real, p, 0.0).sum(axis=3).mean(axis=2))
+
+
+def _attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  start: jax.Array,
+  length: jax.Array,
+  layer: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+  """Also the probabilities, float32[B, K, N / K, T, S]; of padding they are anything."""
   b, t, n, h = q.shape
   k_cache, v_cache = cache
   slots = k_cache.shape[3]
@@ -60,4 +89,4 @@ def cached_attention(
   values = jnp.where(filled, values, 0.0)
   out = jnp.einsum("bkrts,bksh->btkrh", p, values).reshape(b, t, n, h)
   real = (step < length.reshape(b, 1)).reshape(b, t, 1, 1)
-  return jnp.where(real, out, 0.0), (k_cache, v_cache)
+  return jnp.where(real, out, 0.0), (k_cache, v_cache), p

@@ -90,6 +90,8 @@ EMULATED __m256i emulated_cvtps_ph(Floats512 x, int) {
   return _mm256_set_m128i(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
 }
 EMULATED Floats512 emulated_castsi512_ps(Ints512 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+EMULATED Ints512 emulated_castps_si512(Floats512 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+EMULATED Ints512 emulated_cvtps_epi32(Floats512 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 EMULATED __m256 emulated_castps512_ps256(Floats512 x) { return x.a; }
 EMULATED __m256 emulated_extractf32x8_ps(Floats512 x, int half) { return half ? x.b : x.a; }
 EMULATED Ints512 emulated_broadcast_i32x4(__m128i x) {
@@ -99,6 +101,8 @@ EMULATED Ints512 emulated_broadcast_i32x4(__m128i x) {
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtps_ph emulated_cvtps_ph
 #define _mm512_castsi512_ps emulated_castsi512_ps
+#define _mm512_castps_si512 emulated_castps_si512
+#define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_castps512_ps256 emulated_castps512_ps256
 #define _mm512_extractf32x8_ps emulated_extractf32x8_ps
 #define _mm512_broadcast_i32x4 emulated_broadcast_i32x4
