@@ -10,10 +10,10 @@ import numpy as np
 from experiments.retrieval.tasks import EOS, TASKS, Ints, Sizes, dialogue, held_out
 from q4jax.kv.cache import CompressedKV
 from q4jax.kv.config import KVConfig
+from q4jax.kv.store import KVStore
 from q4jax.model.caches import Compressed, KVCache, Recording, Span
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
-from q4jax_kernels.attention import Cache
 
 # Whether the questions are read before the cache is compressed, too.
 MODES = {"agnostic": False, "aware": True}
@@ -24,16 +24,14 @@ class Batch:
   """Samples of all tasks and modes, read: B = tasks * modes * size rows, by task, then mode.
 
   Attributes:
-    cache: dense, of all layers.
-    queries: of all positions of the prompts, as `Recording` has them.
+    prompt: the dense cache, and all that any policy may need: queries of all positions, mass.
     length: int[B], tokens of the prompts.
     rest: int32[B, T], what follows them, padded.
     count: int[B], how many of the T are real.
     scored: bool[B, T], which of them are answers.
   """
 
-  cache: Cache
-  queries: jax.Array
+  prompt: Recording
   length: Ints
   rest: Ints
   count: Ints
@@ -52,9 +50,8 @@ def _read(module: Llama, tokens: jax.Array, length: jax.Array, slots: int) -> Re
   c, batch = module.config, len(tokens)
   zeros = jnp.zeros((c.num_layers, batch, c.num_kv_heads, slots, c.head_dim))
   queries = jnp.zeros((c.num_layers, batch, slots, c.num_heads, c.head_dim))
-  _, cache = module.hidden(
-    tokens, Recording((zeros, zeros), queries), Span(jnp.zeros_like(length), length)
-  )
+  empty = Recording((zeros, zeros), queries, zeros[..., 0])
+  _, cache = module.hidden(tokens, empty, Span(jnp.zeros_like(length), length))
   assert isinstance(cache, Recording)
   return cache
 
@@ -91,9 +88,9 @@ def read(
     length, count = (np.repeat([texts[i].shape[1] for texts in groups], size) for i in (0, 1))
     scored = np.stack([np.pad(s, (0, longest[1] - len(s))) for _, _, s in groups])
     model.check_ids(prompts)
-    cache = programs.read(model.leaves, prompts, jnp.asarray(length, jnp.int32), slots)
+    prompt = programs.read(model.leaves, prompts, jnp.asarray(length, jnp.int32), slots)
     scored = np.repeat(scored, size, axis=0)
-    batches.append(Batch(cache.cache, cache.queries, length, rests, count, scored))
+    batches.append(Batch(prompt, length, rests, count, scored))
   return batches
 
 
@@ -101,17 +98,21 @@ def right(
   model: Model, programs: Programs, batch: Batch, kv: KVConfig | None
 ) -> tuple[np.ndarray, float]:
   """bool[B], rows all of whose answer tokens are right; the share of the prompts that stayed."""
-  cache: KVCache = batch.cache
+  cache: KVCache = batch.prompt.cache
   compressed, kept = None, 1.0
   if kv is not None:
-    window = kv.window(batch.queries.shape[2])
-    queries = batch.queries[:, :, -window:] if window else None
-    # As many blocks as nothing evicted would need: all rows share a step's program.
-    slots = batch.cache[0].shape[3]
-    blocks = 1 + model.config.num_layers * len(batch.length) * -(-slots // kv.block_size)
-    compressed = CompressedKV(
-      kv, model.config, batch.cache, queries, batch.length, batch.count, blocks
+    queries = batch.prompt.queries
+    assert queries is not None
+    prompt = Recording(
+      batch.prompt.cache,
+      queries[:, :, -kv.window :] if kv.window else None,
+      batch.prompt.mass if kv.mass else None,
     )
+    # As many blocks as nothing evicted would need: all rows share a step's program.
+    slots = prompt.cache[0].shape[3]
+    blocks = 1 + model.config.num_layers * len(batch.length) * -(-slots // kv.block_size)
+    store = KVStore(kv, model.config, blocks, next(iter(queries.devices())))
+    compressed = CompressedKV(kv, model.config, prompt, batch.length, batch.count, store)
     cache, kept = compressed.state, compressed.usage.keep_ratio
   good = np.ones(len(batch.length), bool)
   for i in range(batch.rest.shape[1] - 1):
