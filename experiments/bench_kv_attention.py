@@ -50,7 +50,7 @@ class Config:
 
   shape: str = option("1b", f"Heads of {' or '.join(SHAPES)}.")
   slots: tuple[int, ...] = option((1024, 4096, 8192), "Tokens in the cache.")
-  layers: int = option(4, "Caches that are gone through in turn.")
+  layers: int = option(16, "Caches that are gone through in turn.")
   reps: int = option(25, "Timed runs of each row.")
   seed: int = option(0, "Of the contents.")
   out: str = option("", "File to write the records to, as JSON.")
@@ -68,9 +68,11 @@ def _measure(config: Config, slots: int, buffer: np.ndarray) -> list[dict[str, A
   cases["bfloat16 (XLA)"] = _dense(config, slots, jnp.dtype(jnp.bfloat16))
   seconds: dict[str, list[float]] = {name: [] for name in cases}
   reads = []
-  for _ in range(config.reps):
+  names = list(cases)
+  for rep in range(config.reps):
     reads.append(probe.read_bandwidth(buffer, probe.threads()))
-    for name, (call, _) in cases.items():
+    for name in names[rep % len(names) :] + names[: rep % len(names)]:  # none is always the first
+      call, _ = cases[name]
       begin = time.perf_counter()
       call()
       seconds[name].append((time.perf_counter() - begin) / config.layers)
