@@ -89,9 +89,11 @@ void PrintAttention(std::mt19937& random) {
                 std::vector<float> out(q.size());
         const Attention a{q.data(), k_cache.data(), v_cache.data(), &start, &length, out.data(), B, T, Hq, Hkv, S, D, 0.3f};
         std::vector<float> scratch(a.scratch());
-        KERNELS.attention(a, half, 0, 0, 0, T, scratch.data());
+        std::vector<float> mass(a.S);
+        KERNELS.attention(a, half, 0, 0, 0, T, scratch.data(), mass.data());
         Print(half ? "store_f16" : "store_f32", repeat, D, k_cache);
         Print(half ? "attention_f16" : "attention_f32", repeat, D, out);
+        Print(half ? "mass_f16" : "mass_f32", repeat, D, mass);
       }
     }
   }
