@@ -10,10 +10,16 @@ from kernels.test_attention import Case
 ROUNDING = 2e-2  # of outputs near 1, whose queries, probabilities and values are rounded
 
 
-def draw(data: st.DataObject, kinds: tuple[tuple[int, str], ...]) -> Case:
-  """Several tiles and blocks, ends inside of them, rows without tokens; `kinds`: dims and types."""
+def draw(data: st.DataObject, kinds: tuple[tuple[int, str], ...], slots: int = 1) -> Case:
+  """Several tiles and blocks, ends inside of them, rows without tokens.
+
+  Args:
+    kinds: head dims and types of the cache to draw from.
+    slots: its number is a multiple of this.
+  """
   t = data.draw(st.sampled_from((1, 15, 16, 33, 70)), "T")
   s = t + data.draw(st.sampled_from((0, 1, 60, 190)), "more slots")
+  s += -s % slots
   lengths = data.draw(st.lists(st.integers(0, t), min_size=1, max_size=3), "lengths")
   starts = [data.draw(st.integers(0, s - length), "start") for length in lengths]
   heads, kv_heads = data.draw(st.sampled_from(((4, 2), (3, 1), (2, 2))), "heads")

@@ -42,7 +42,7 @@ def causal_attention(
   _check(implementation, but="cpu")
   if implementation == "reference" or (implementation is None and q.dtype == jnp.float32):
     return reference.causal_attention(q, k, v)
-  kernels = _kernels(q.shape, k.shape[1], q.dtype, implementation)
+  kernels = _kernels(q.shape, kernel.padded(k.shape[1]), q.dtype, implementation)
   branches = {
     platform: functools.partial(kernel.causal_attention, module.attend)
     for platform, module in kernels.items()
@@ -72,9 +72,9 @@ def cached_attention(
     length: int32[B], real tokens among the T; the rest is padding: not stored, output zero.
     layer: which of the L is appended to and read; the others stay as they are.
     implementation: one of IMPLEMENTATIONS, which then runs or raises; None takes the device's
-      kernel where it has one for these heads and types, else the reference, which is said once on
-      a GPU or TPU. A process that has none of them, and the CPU's library for this cache, does not
-      look further: to compile there for another device, name the implementation.
+      kernel where it has one for these heads and types (for GPUs if T > 1), else the reference,
+      which is said once on a GPU or TPU. A process without such a device, but with the CPU's
+      library for this cache, looks no further: to compile there for another, name the kernel.
 
   Returns:
     float32[B, T, N, H] and the updated cache. start + length <= S is the caller's to ensure.
@@ -125,24 +125,24 @@ def _kernels(
   q: tuple[int, ...], slots: int, dtype: jnp.dtype, implementation: str | None
 ) -> dict[str, Any]:
   """The named kernel's module, or those that take q of this shape and such a cache, by platform."""
-  # Pallas is slow to import.
-  from q4jax_kernels.attention import pallas_tpu
+  from q4jax_kernels.attention import mosaic_gpu, pallas_tpu  # Pallas is slow to import.
 
-  h = q[-1]
-  modules = {"tpu": pallas_tpu}
+  modules = {"tpu": pallas_tpu, "cuda": mosaic_gpu}
   if implementation is not None:
     return {p: m for p, m in modules.items() if m.__name__.endswith(implementation)}
-  found = {"tpu": pallas_tpu} if pallas_tpu.supports(h, dtype) else {}
+  takes = {p: m for p, m in modules.items() if m.supports(q[3], slots, dtype)}
   here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-  if here in modules and here not in found:
-    _say_reference(here, h, str(dtype))
-  return found
+  if here in modules and here not in takes:
+    _say_reference(here, q[3], slots, str(dtype))
+  if q[1] == 1:  # One tile of queries a KV head would leave most of a GPU idle.
+    takes.pop("cuda", None)
+  return takes
 
 
 @functools.cache
-def _say_reference(platform: str, head_dim: int, dtype: str) -> None:
+def _say_reference(platform: str, head_dim: int, slots: int, dtype: str) -> None:
   warnings.warn(
-    f"q4jax: there is no attention kernel for heads of {head_dim} and {dtype} on {platform}; XLA "
-    "computes all scores of queries with slots at once.",
+    f"q4jax: there is no attention kernel for heads of {head_dim}, {slots} slots and {dtype} on "
+    f"this {platform} device; XLA computes all scores of queries with slots at once.",
     stacklevel=2,
   )

@@ -16,7 +16,7 @@ from q4jax_kernels.attention import reference
 Attend = Callable[..., jax.Array]
 _Cache = tuple[jax.Array, jax.Array]
 
-_SLOTS = 64  # what kernels may have to take together
+_SLOTS = 128  # what kernels may have to take together
 
 
 def cached_attention(
@@ -63,6 +63,11 @@ def append(
   return lax.fori_loop(0, len(start), row, cache)
 
 
+def padded(slots: int) -> int:
+  """How many a cache has that is made for `causal_attention`."""
+  return slots + -slots % _SLOTS
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def causal_attention(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Shapes as in api.py; the gradient is the reference's."""
@@ -70,7 +75,7 @@ def causal_attention(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array) -
   before = jnp.full(b, s - t, jnp.int32)
 
   def stored(x: jax.Array) -> jax.Array:  # [1, B, K, S, H]
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -s % _SLOTS), (0, 0)))[None]
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded(s) - s), (0, 0)))[None]
 
   out = attend(q, stored(k), stored(v), before, jnp.full(b, t, jnp.int32), 0)
   return out.astype(q.dtype)

@@ -24,8 +24,8 @@ _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _LOG2_E = 1.4426950408889634
 
 
-def supports(head_dim: int, dtype: jnp.dtype) -> bool:
-  """Whether the kernel takes a cache [..., H] of this type."""
+def supports(head_dim: int, slots: int, dtype: jnp.dtype) -> bool:
+  """Whether the kernel takes a cache [..., S, H] of this type; any S will do."""
   return head_dim in HEAD_DIMS and dtype in _DTYPES
 
 
@@ -51,7 +51,7 @@ def attend(
   Raises:
     NotImplementedError: what `supports` refuses.
   """
-  if not supports(q.shape[-1], k.dtype):
+  if not supports(q.shape[-1], k.shape[3], k.dtype):
     raise NotImplementedError(
       f"The TPU kernel takes heads of {HEAD_DIMS} and a cache in bfloat16, float16 or float32; got "
       f"heads of {q.shape[-1]} and {k.dtype}."
