@@ -42,6 +42,7 @@ def test_any_range(data: st.DataObject) -> None:
   ("starts", "lengths", "heads", "kv_heads"),
   [
     ([125, 126, 127, 128], [3, 3, 3, 3], 4, 2),  # around the ends of tiles
+    ([65], [70], 4, 2),  # the last token of a tile of queries is the first of a tile of slots
     ([300, 3, 0], [90, 50, 0], 3, 1),  # more tiles than stages, a thread block without tokens
   ],
 )

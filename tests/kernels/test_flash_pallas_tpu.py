@@ -62,10 +62,11 @@ def test_nan_in_a_query_stays_in_its_head() -> None:
 
 
 def test_ends_of_blocks() -> None:
-  """First tokens in the last slots of a block of 128, and in the first of the next."""
-  starts = [125, 126, 127, 128, 129]
-  case = Case(starts, [3] * 5, t=3, s=160, head_dim=64, cache="bf16")
-  check(case, attention())
+  """First tokens of a tile in the last slots of a block of 128 or in the first of the next; and
+  last ones: a tile has 32.
+  """
+  starts = [97, 126, 127, 128]
+  check(Case(starts, [40] * 4, t=40, s=170, head_dim=64, cache="bf16"), attention())
 
 
 def test_other_ranges_are_not_compiled_again() -> None:

@@ -16,6 +16,7 @@ from q4jax_kernels.attention import reference
 Attend = Callable[..., jax.Array]
 _Cache = tuple[jax.Array, jax.Array]
 
+_WINDOW = 16  # slots to write together: for less XLA would change the layout again
 _SLOTS = 128  # what kernels may have to take together
 
 
@@ -43,7 +44,7 @@ def append(
   and copy it there and back in each layer for a kernel that takes it as it is.
   """
   slots = cache[0].shape[3]
-  t = min(max(_SLOTS, k.shape[1]), slots)  # For single slots XLA would change the layout again.
+  t = min(max(_WINDOW, k.shape[1]), slots)
   k, v = (jnp.pad(a[:, :t], ((0, 0), (0, t - a[:, :t].shape[1]), (0, 0), (0, 0))) for a in (k, v))
 
   def row(i: jax.Array, cache: _Cache) -> _Cache:
