@@ -1,4 +1,4 @@
-"""A whole model's prefill and decode for TPUs: every matrix by the kernel, none made of floats."""
+"""A whole model's prefill and decode for TPUs: by kernels; no matrix of floats, no scores."""
 
 from collections.abc import Callable
 
@@ -70,11 +70,13 @@ def test_step(model: Model, program: str, record_property: Callable) -> None:
   function = getattr(Programs.of(model, logprobs=False), program)
   compiled = function.lower(*on((model.leaves, *arguments(program)), "v5e")).compile()
   found = figures(compiled)
-  # Prefill samples nothing, so the output matrix is not part of it.
-  expected = MATRICES - (program == "prefill")
+  # Prefill samples nothing, so the output matrix is not part of it; each layer has its attention.
+  expected = MATRICES - (program == "prefill") + CONFIG.num_layers
   assert compiled.as_text().count("tpu_custom_call") == expected
   weights = {(CONFIG.d_model, n) for n in (512, 2048, 8192, 128256)}
   assert not float_sizes(compiled) & {n * k for n, k in weights}, "a float copy of a weight"
+  scores = BATCH * CONFIG.num_heads * (CHUNK if program == "prefill" else 1) * SLOTS
+  assert scores not in float_sizes(compiled), "a matrix of scores"
   tokens = CHUNK if program == "prefill" else BATCH
   row = {"TPU": "v5e", "program": program, "layers": CONFIG.num_layers, "tokens": tokens}
   record_property("aot", row | found)

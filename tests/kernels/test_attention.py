@@ -107,7 +107,9 @@ class Case:
   def range(self) -> tuple[np.ndarray, np.ndarray]:
     return self.start, self.length
 
-  def check(self, out: jax.Array, cache: tuple[jax.Array, jax.Array]) -> None:
+  def check(
+    self, out: jax.Array, cache: tuple[jax.Array, jax.Array], rtol: float = 2e-5, atol: float = 2e-6
+  ) -> None:
     for layers, side in zip(cache, self.after, strict=True):
       found, expected = layers, np.asarray(stack(side))  # The other layers too are as they were.
       assert found.dtype == expected.dtype
@@ -119,7 +121,7 @@ class Case:
     for row, (first, count) in enumerate(zip(*self.range, strict=True)):
       keys, values = (side[row] for side in self.after)
       expected = brute_force(self.q[row], keys, values, first, count)
-      np.testing.assert_allclose(out[row], expected, rtol=2e-5, atol=2e-6)
+      np.testing.assert_allclose(out[row], expected, rtol=rtol, atol=atol)
       assert not np.asarray(out[row, count:]).any(), "padding is zero"
 
 
@@ -203,6 +205,22 @@ def test_any_range(implementation: str, data: st.DataObject) -> None:
 def test_the_door(cache: str) -> None:
   case = Case([7, 0], [2, 4], t=4, s=20, cache=cache)
   case.check(*jax.jit(door)(*case.arguments))
+
+
+def test_the_door_by_name() -> None:
+  case = Case([0], [2], t=2, s=16, head_dim=64, cache="f16")
+  for name in ("reference", "cpu"):
+    if name == "reference" or ffi.available():
+      case.check(*door(*case.arguments, implementation=name))
+  case = Case([0], [2], t=2, s=16, head_dim=64, cache="bf16")
+  with pytest.raises(NotImplementedError, match="a cache in float16 or float32; got bfloat16"):
+    door(*case.arguments, implementation="cpu")
+  with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+    door(*case.arguments, implementation="pallas_tpu")
+  with pytest.raises(ValueError, match="'flash' is not one of reference, cpu, pallas_tpu"):
+    door(*case.arguments, implementation="flash")
+  with pytest.raises(ValueError, match="'cpu' is not one of reference, pallas_tpu"):
+    causal_attention(*case.arguments[:3], implementation="cpu")
 
 
 @pytest.mark.parametrize("cache", CACHE_TYPES)

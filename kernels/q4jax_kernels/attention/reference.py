@@ -1,4 +1,4 @@
-"""The specification of attention, in jax.numpy; also what GPU and TPU run today."""
+"""The specification of attention, in jax.numpy; also what runs where there is no kernel."""
 
 import jax
 import jax.numpy as jnp
