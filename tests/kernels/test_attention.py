@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -221,6 +222,18 @@ def test_the_door_by_name() -> None:
     door(*case.arguments, implementation="flash")
   with pytest.raises(ValueError, match="'cpu' is not one of reference, pallas_tpu"):
     causal_attention(*case.arguments[:3], implementation="cpu")
+
+
+def test_it_is_said_once_where_a_device_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  case = Case([0], [2], t=2, s=16, head_dim=80, cache="bf16")
+  with pytest.warns(
+    UserWarning, match="no attention kernel for heads of 80, 16 slots and bfloat16"
+  ):
+    case.check(*jax.jit(door)(*case.arguments))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    case.check(*jax.jit(functools.partial(cached_attention, layer=LAYER))(*case.arguments))
 
 
 @pytest.mark.parametrize("cache", CACHE_TYPES)

@@ -24,7 +24,7 @@ def causal_attention(
   """Causal grouped-query attention, the queries being the last T of the S positions.
 
   Products take their operands in q's dtype, or bfloat16 in the TPU's kernel, and accumulate in
-  float32, as does the softmax. The gradient is the reference's.
+  float32, as does the softmax. The gradient, in reverse mode, is the reference's.
 
   Args:
     q: [B, T, N, H], N a multiple of K.
@@ -73,8 +73,8 @@ def cached_attention(
     layer: which of the L is appended to and read; the others stay as they are.
     implementation: one of IMPLEMENTATIONS, which then runs or raises; None takes the device's
       kernel where it has one for these heads and types (for GPUs if T > 1), else the reference,
-      which is said once on a GPU or TPU. A process without such a device, but with the CPU's
-      library for this cache, looks no further: to compile there for another, name the kernel.
+      which is said once on a GPU or TPU. A process on a CPU looks for kernels for bfloat16 alone:
+      to compile there for another device and type, name the kernel.
 
   Returns:
     float32[B, T, N, H] and the updated cache. start + length <= S is the caller's to ensure.
@@ -101,7 +101,7 @@ def cached_attention(
     return bind(cpu.cached_attention)(*arguments)
   if native and implementation is None:
     branches["cpu"] = bind(cpu.cached_attention)
-  if implementation is not None or not native or jax.default_backend() != "cpu":
+  if implementation is not None or dtype == jnp.bfloat16 or jax.default_backend() != "cpu":
     kernels = _kernels(q.shape, cache[0].shape[3], dtype, implementation)
     branches |= {
       platform: bind(functools.partial(kernel.cached_attention, module.attend))

@@ -73,7 +73,9 @@ def attend(
     )
   heads, block = n // kv_heads, _WARPGROUPS * _QUERIES
   # Query row t * R + r of a KV head: token t, head r.
-  query = (q * (h**-0.5 * _LOG2_E)).astype(k.dtype).reshape(b, t, kv_heads, heads, h)
+  query = (
+    (q.astype(jnp.float32) * (h**-0.5 * _LOG2_E)).astype(k.dtype).reshape(b, t, kv_heads, heads, h)
+  )
   query = query.swapaxes(1, 2).reshape(b * kv_heads, t * heads, h)
   query = jnp.pad(query, ((0, 0), (0, -t * heads % block), (0, 0)))
   k, v = (a.reshape(layers * b * kv_heads, slots, h) for a in (k, v))

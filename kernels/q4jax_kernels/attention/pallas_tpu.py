@@ -61,7 +61,7 @@ def attend(
   tokens = max(_TOKENS, _ROWS // heads // _TOKENS * _TOKENS)
   tokens = min(tokens, t + -t % _TOKENS)
   tiles, size = pl.cdiv(t, tokens), min(_SLOTS, slots)
-  query = (q * (h**-0.5 * _LOG2_E)).astype(jnp.bfloat16).swapaxes(1, 2)
+  query = (q.astype(jnp.float32) * (h**-0.5 * _LOG2_E)).astype(jnp.bfloat16).swapaxes(1, 2)
   query = jnp.pad(query, ((0, 0), (0, 0), (0, tiles * tokens - t), (0, 0)))
   if k.dtype == jnp.float16:  # Mosaic has no such type.
     k, v = (jax.lax.dynamic_index_in_dim(a, layer).astype(jnp.bfloat16) for a in (k, v))
