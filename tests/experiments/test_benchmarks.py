@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import bench_int4_matmul, bench_vs_llamacpp, profile_decode
+from experiments import (
+  bench_int4_matmul,
+  bench_kv_attention,
+  bench_vs_llamacpp,
+  profile_decode,
+)
 from experiments.provenance import markdown
 from gguf_model import ModelSpec, write
 from q4jax_kernels import ffi, probe
@@ -75,6 +80,23 @@ def test_limits_are_those_of_a_machine() -> None:
   """Within a factor of what any CPU of this century does; a lost unit is a factor of 1000."""
   assert 1e8 < probe.read_bandwidth(np.ones(32 << 20, np.uint8), 1) < 1e12
   assert 1e8 < probe.int8_peak(1, 0.01) < 1e13
+
+
+@native
+def test_kv_attention_rows() -> None:
+  config = bench_kv_attention.Config(slots=(64,), layers=2, reps=2)
+  records = bench_kv_attention.run(config)
+  assert [r["cache"] for r in records] == [
+    *bench_kv_attention.FORMATS, "dense float16", "bfloat16 (XLA)"
+  ]  # fmt: skip
+  of = {r["cache"]: r for r in records}
+  # Two of 8 heads of 64 numbers: five bits each with scale and minimum, and 16.
+  assert of["int4 g32"]["nbytes"] == 64 * 2 * 8 * 64 * 5 // 8
+  assert of["float16 blocks"]["nbytes"] == 64 * 2 * 8 * 64 * 2
+  assert of["dense float16"]["speedup"] == 1
+  fast = of["int4 g64"]
+  assert fast["speedup"] == pytest.approx(of["dense float16"]["seconds"] / fast["seconds"])
+  assert len(bench_kv_attention.table(records)) == 1 + len(records)
 
 
 LLAMA_BENCH = """#!{python}
