@@ -113,7 +113,7 @@ def pack(
       in mask mode ceil(spilled / bs).
     paged: its pool is written to in these blocks alone; its dense part is replaced.
   """
-  k, v = (rotate(c) for c in cache) if kv.rotate else cache
+  k, v = cache
   layers, b, kv_heads, _, h = k.shape
   bs, width = kv.block_size, block_ids.shape[2]
   stays = stored(keep, length, kv)
@@ -127,20 +127,23 @@ def pack(
 
   def fill(pages: Pages, dense: jax.Array) -> Pages:
     # A layer at a time, so that no float copy of all layers exists.
-    def one(i: int, pages: Pages) -> Pages:
-      x = jnp.take_along_axis(dense[i], order[i][:, None, :, None], axis=2)  # [B, K, P * bs, H]
-      x = x.reshape(b, kv_heads, width, bs, h).swapaxes(1, 2)
+    def one(i: jax.Array, pages: Pages) -> Pages:
+      layer = jax.lax.dynamic_index_in_dim(dense, i, keepdims=False)
+      x = jnp.take_along_axis(layer, order[i][:, None, :, None], axis=2)  # [B, K, P * bs, H]
+      x = (rotate(x) if kv.rotate else x).reshape(b, kv_heads, width, bs, h).swapaxes(1, 2)
       return kv_pages.write(pages, block_ids[i].reshape(-1), x.reshape(-1, kv_heads, bs, h))
 
-    for i in range(layers):
-      pages = one(i, pages)
-    return pages
+    return jax.lax.fori_loop(0, layers, one, pages)
+
+  def ends(dense: jax.Array) -> jax.Array:
+    x = dense_part(dense, length, kv)
+    return rotate(x) if kv.rotate else x
 
   past = paged.slot_pos.shape[0]
   return dataclasses.replace(
     paged,
-    k=dense_part(k, length, kv).astype(paged.k.dtype),
-    v=dense_part(v, length, kv).astype(paged.v.dtype),
+    k=ends(k).astype(paged.k.dtype),
+    v=ends(v).astype(paged.v.dtype),
     key_pages=fill(paged.key_pages, k),
     value_pages=fill(paged.value_pages, v),
     slot_pos=paged.slot_pos.at[jnp.where(flat > 0, flat, past)].set(
