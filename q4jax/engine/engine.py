@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from q4jax.engine.prefill import bucket, prefill
+from q4jax.buckets import bucket
+from q4jax.engine.prefill import prefill
 from q4jax.engine.programs import MAX_LOGPROBS, Output, Programs, State
 from q4jax.engine.results import Chunk, Completion, Timing, logprobs_of
 from q4jax.engine.sampling import SamplingArrays, SamplingParams

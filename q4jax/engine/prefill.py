@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from q4jax.buckets import bucket
 from q4jax.engine.programs import Programs, State, new_state
 from q4jax.kv.compress import restore
 from q4jax.kv.store import KVStore, Prefixes
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
   from q4jax.engine.engine import Engine
 
 _restore = jax.jit(restore, static_argnames="kv", donate_argnames="cache")
-
-
-def bucket(n: int, least: int = 1) -> int:
-  """The smallest power of two that is at least n and `least`."""
-  return max(least, 1 << (n - 1).bit_length())
 
 
 def prefill(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from q4jax.buckets import bucket
 from q4jax.config import LlamaConfig
 from q4jax.errors import PoolExhaustedError
 from q4jax.kv.compress import decide, pack, spilled_after
@@ -116,7 +117,7 @@ class CompressedKV:
     stored = np.broadcast_to(self._spilled, self._kept.shape) if kv.mask else self._kept
     counts = -(-stored // kv.block_size)
     most = most_blocks(kv, self._length, np.where(self._started, room, 0), counts)
-    width = _bucket(int(most.max()) + 1)
+    width = bucket(int(most.max()) + 1)
     device = next(iter(prompt.cache[0].devices()))
     if store is None:
       store = KVStore(kv, config, _pool_size(1 + int(most.sum())), device)
@@ -318,12 +319,7 @@ def blocks_for(kv: KVConfig, length: np.ndarray, room: np.ndarray) -> np.ndarray
   return most_blocks(kv, length, room, counts[None])[0]
 
 
-def _bucket(n: int) -> int:
-  """The least power of two that is n or more: few sizes, so that few programs compile."""
-  return 1 << (n - 1).bit_length()
-
-
 def _pool_size(n: int) -> int:
   """n or a little more, in steps of an eighth of a power of two: a pool's size is memory."""
-  step = max(16, _bucket(n) // 16)
+  step = max(16, bucket(n) // 16)
   return -(-n // step) * step
