@@ -24,13 +24,18 @@ def define_json(flags: absl_flags.FlagValues, what: str = "one JSON object") -> 
 
 
 def define_model(flags: absl_flags.FlagValues) -> None:
-  """The flags that `load_model` reads."""
+  """--tokenizer, and the flags of `define_machine`."""
   absl_flags.DEFINE_string(
     "tokenizer",
     None,
     "A tokenizer.json to use in place of the file's vocabulary.",
     flag_values=flags,
   )
+  define_machine(flags)
+
+
+def define_machine(flags: absl_flags.FlagValues) -> None:
+  """The flags that `load_model` reads."""
   absl_flags.DEFINE_integer(
     "threads",
     None,
@@ -117,7 +122,7 @@ def load_model(
   """The model called `name`, and the seconds that loading it took (importing JAX apart).
 
   Args:
-    flags: those of `define_model`, and --json.
+    flags: those of `define_machine`, and --json.
     tokenizer: a tokenizer.json in place of the file's vocabulary.
 
   A bar on stderr shows how far it is, where someone is watching.

@@ -22,9 +22,7 @@ ARGUMENTS = ()
 FLAGS = absl_flags.FlagValues()
 absl_flags.DEFINE_string("prompt", "The built-in function", "Text to continue.", flag_values=FLAGS)
 absl_flags.DEFINE_integer("max_tokens", 64, "Most new tokens.", 1, flag_values=FLAGS)
-absl_flags.DEFINE_integer(
-  "threads", None, "CPUs to use; all that the process may use, if not given.", 1, flag_values=FLAGS
-)
+common.define_machine(FLAGS)
 common.define_json(FLAGS)
 
 _NEXT = """\

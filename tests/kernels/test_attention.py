@@ -345,11 +345,13 @@ SHAPES = {
   "v": (2, 3, 2, 16),
   "k_cache": (2, 2, 2, 8, 16),
   "v_cache": (2, 2, 2, 8, 16),
+  "mass": (2, 2, 2, 8),
   "start": (2,),
   "length": (2,),
   "out": (2, 3, 4, 16),
   "k_out": (2, 2, 2, 8, 16),
   "v_out": (2, 2, 2, 8, 16),
+  "mass_out": (2, 2, 2, 8),
 }
 TYPES = dict.fromkeys(("k_cache", "v_cache", "k_out", "v_out"), jnp.float16)
 TYPES |= {"start": jnp.int32, "length": jnp.int32}
@@ -359,11 +361,9 @@ def raw_attention(**changes: Any) -> list[np.ndarray]:
   """Calls the handler with these shapes, or types, or attributes, changed."""
   types = {**TYPES, **{n: c for n, c in changes.items() if n in SHAPES and isinstance(c, type)}}
   shapes = {**SHAPES, **{n: c for n, c in changes.items() if isinstance(c, tuple)}}
-  *inputs, out, k_out, v_out = (
-    jax.ShapeDtypeStruct(shapes[name], types.get(name, jnp.float32)) for name in SHAPES
-  )
-  call = jax.ffi.ffi_call("q4jax_attention", [out, k_out, v_out])
-  arrays = [jnp.zeros(a.shape, a.dtype) for a in inputs]
+  specs = [jax.ShapeDtypeStruct(shapes[name], types.get(name, jnp.float32)) for name in SHAPES]
+  call = jax.ffi.ffi_call("q4jax_attention", specs[-4:])
+  arrays = [jnp.zeros(a.shape, a.dtype) for a in specs[:-4]]
   isa = np.int64(changes.get("isa", 0))
   results = call(*arrays, layer=np.int64(changes.get("layer", 1)), scale=np.float32(1), isa=isa)
   return [np.asarray(a) for a in results]
@@ -372,8 +372,9 @@ def raw_attention(**changes: Any) -> list[np.ndarray]:
 def test_the_handler_takes_what_fits() -> None:
   if not ffi.available():
     pytest.skip("needs the native library")
-  out, k_cache, v_cache = raw_attention()
+  out, k_cache, v_cache, mass = raw_attention()
   assert not out.any() and not k_cache.any() and not v_cache.any()  # of zeros
+  assert not mass[0].any() and not raw_attention(mass=(0,), mass_out=(0,))[3].size
 
 
 @pytest.mark.parametrize(
@@ -408,6 +409,9 @@ def test_the_handler_takes_what_fits() -> None:
     {"v_out": (2, 2, 2, 4, 16)},
     {"k_cache": jnp.float32, "v_cache": jnp.float32},
     {"k_cache": (2, 2, 8, 16)},
+    {"mass": (2, 2, 2, 7)},
+    {"mass_out": (1, 2, 2, 8)},
+    {"mass": (2, 2, 2, 7), "mass_out": (2, 2, 2, 7)},
     {"layer": 2},
     {"layer": -1},
     {"isa": 8},

@@ -206,8 +206,8 @@ def test_every_policy_gets_what_it_needs(name: str) -> None:
       Pages.zeros(blocks, K, H, FLOAT, kind=kind, block_size=BS) for kind in ("key", "value")
     ]
     whole = (jnp.zeros(s, jnp.int32) for s in ((blocks, BS), (L, B, width), (L, B)))
-    window, mass = kv.decode_window, None
-    if kv.decode_mass:
+    window, mass = kv.window, None
+    if kv.mass:
       mass = Mass(jnp.zeros((L, B, K, width * BS)), dense[..., 0])
     observed = Observed(jnp.zeros((L, B, window, N, H)) if window else None, mass)
     return Compressed(Paged(dense, dense, *pages, *whole, 3, 4), jnp.zeros(B, int), observed, True)
