@@ -24,7 +24,6 @@ reference table, from the caches.
 
 import csv
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -40,7 +39,7 @@ from absl import app
 from experiments import config_flags
 from experiments.config_flags import option
 from experiments.ggml_peer import GgmlMatmul
-from experiments.provenance import markdown, provenance
+from experiments.provenance import markdown, save
 from q4jax_kernels import probe
 from q4jax_kernels.block_array import ROWS, BlockArray, block_shape
 from q4jax_kernels.int4_matmul import int4_matmul
@@ -295,9 +294,7 @@ def plot(records: list[dict[str, Any]], path: str) -> None:
 
 def write(records: list[dict[str, Any]], config: Config, out: str) -> None:
   """OUT.json, .csv, .md, and .png where matplotlib is installed."""
-  Path(out).parent.mkdir(parents=True, exist_ok=True)
-  whole = {**provenance(), "config": dataclasses.asdict(config), "records": records}
-  Path(f"{out}.json").write_text(json.dumps(whole, indent=1) + "\n")
+  save(f"{out}.json", config, records)
   with open(f"{out}.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, records[0])
     writer.writeheader()

@@ -11,11 +11,9 @@ an engine without compression runs; `bfloat16 (XLA)` is jax.numpy over a bfloat1
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +23,7 @@ from absl import app
 
 from experiments import config_flags
 from experiments.config_flags import option
-from experiments.provenance import markdown, provenance
+from experiments.provenance import markdown, save
 from q4jax_kernels import probe
 from q4jax_kernels.attention import cached_attention
 from q4jax_kernels.kv_format import KVFormat
@@ -189,9 +187,7 @@ def main(_: list[str]) -> None:
   records = run(config)
   print(markdown(table(records)))
   if config.out:
-    whole = {**provenance(), "config": dataclasses.asdict(config), "records": records}
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(whole, indent=1) + "\n")
+    save(config.out, config, records)
 
 
 if __name__ == "__main__":

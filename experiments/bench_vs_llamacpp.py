@@ -36,7 +36,7 @@ from absl import app
 
 from experiments import config_flags
 from experiments.config_flags import option
-from experiments.provenance import markdown, provenance
+from experiments.provenance import markdown, save
 from q4jax_kernels import probe
 
 
@@ -225,9 +225,7 @@ def main(_: list[str]) -> None:
   try:
     for records in run(config):  # Saved as they come: a run of hours may be cut short.
       if config.out:
-        whole = {**provenance(), "config": dataclasses.asdict(config), "records": records}
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(json.dumps(whole, indent=1) + "\n")
+        save(config.out, config, records)
   except KeyboardInterrupt:
     print("interrupted; the table so far:", file=sys.stderr)
   if records:

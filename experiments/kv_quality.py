@@ -15,7 +15,6 @@ token by token (q4jax/kv/quality.py). Rows are joined of parts by "+":
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from absl import app
 import q4jax
 from experiments import config_flags
 from experiments.config_flags import option
-from experiments.provenance import markdown, provenance
+from experiments.provenance import markdown, save
 from q4jax.errors import ConfigError
 from q4jax.kv.config import KVConfig
 from q4jax.kv.policy import get_policy, policy_names
@@ -174,9 +173,7 @@ def main(_: list[str]) -> None:
     raise app.UsageError(str(error)) from error
   print(markdown(table(records)))
   if config.out:
-    whole = {**provenance(), "config": dataclasses.asdict(config), "records": records}
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(whole, indent=1) + "\n")
+    save(config.out, config, records)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """What a record of a measurement must name: where, when, with which versions and command."""
 
+import dataclasses
 import datetime
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from experiments.tiny import checkpoint
 
 
 def provenance() -> dict[str, Any]:
@@ -42,6 +46,12 @@ def _commit() -> str | None:
   except (OSError, subprocess.CalledProcessError):
     return None
   return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def save(path: str | Path, config: Any, records: list[dict[str, Any]]) -> None:
+  """Writes what was measured, and how (`config` is a dataclass), as JSON, in one step."""
+  whole = {**provenance(), "config": dataclasses.asdict(config), "records": records}
+  checkpoint.write_atomic(Path(path), (json.dumps(whole, indent=1) + "\n").encode())
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -234,7 +234,8 @@ def run(config: Config) -> dict[str, Any] | None:
   opt_state = optimizer(config.weight_decay).init(params)
   at = Progress()
   if config.resume and (out / "state.npz").exists():
-    params, opt_state, at = _load(out / "state.npz", opt_state)
+    params, opt_state, stood = checkpoint.load_state(out / "state.npz", opt_state)
+    at = Progress(*map(int, stood[:3]), *stood[3:])
   step = make_step(config.model, config.weight_decay)
   before = at.seconds
   while not at.done(config):
@@ -249,7 +250,7 @@ def run(config: Config) -> dict[str, Any] | None:
     if at.step % config.report_every == 0 or late or at.done(config):
       _report(out, config, at, loss, by_task)
     if at.step % 200 == 0 or late or at.done(config):
-      _save(out / "state.npz", params, opt_state, at)
+      checkpoint.save_state(out / "state.npz", params, opt_state, dataclasses.astuple(at))
     if late and not at.done(config):
       return None
   return finish(config, params, at)
@@ -290,22 +291,6 @@ def _report(out: Path, config: Config, at: Progress, loss: float, by_task: list[
     file=sys.stderr,
     flush=True,
   )
-
-
-def _save(path: Path, params: Params, opt_state: Any, at: Progress) -> None:
-  leaves = {f"opt{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(opt_state))}
-  named = {name: np.asarray(p) for name, p in params.items()}
-  progress = {"progress": np.array(dataclasses.astuple(at), np.float64)}
-  checkpoint.save_arrays(path, named | leaves | progress)
-
-
-def _load(path: Path, like: Any) -> tuple[Params, Any, Progress]:
-  with np.load(path) as arrays:
-    step, stage, since, mean, seconds = arrays["progress"].tolist()
-    leaves = [jnp.asarray(arrays[f"opt{i}"]) for i in range(len(jax.tree.leaves(like)))]
-    params = {n: jnp.asarray(arrays[n]) for n in arrays.files if n.endswith(".weight")}
-  state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-  return params, state, Progress(int(step), int(stage), int(since), mean, seconds)
 
 
 def main(_: list[str]) -> None:

@@ -265,7 +265,8 @@ def run(config: Config, begin: float | None = None) -> dict[str, Any]:
   opt_state = optimizer(config).init(params)
   step, total, best = 0, config.steps, math.inf
   if config.resume:
-    params, opt_state, (step, total, best) = _load_state(Path(config.state), opt_state)
+    params, opt_state, stood = checkpoint.load_state(Path(config.state), opt_state)
+    step, total, best = int(stood[0]), int(stood[1]), stood[2]
     total = config.steps or total
   phases = [_Phase(c, dtype, attention, len(row)) for c in (_short(config), config)]
   evaluate = make_evaluate(config, dtype, attention)
@@ -316,7 +317,7 @@ def run(config: Config, begin: float | None = None) -> dict[str, Any]:
     _report(Path(config.out), metrics, best)
     if time.monotonic() - saved > 60 or last:
       saved = time.monotonic()
-      _save_state(Path(config.state), params, opt_state, (step, total, best))
+      checkpoint.save_state(Path(config.state), params, opt_state, (step, total, best))
   return checkpoint.load(Path(config.out))[2]
 
 
@@ -356,22 +357,6 @@ def _report(out: Path, metrics: dict[str, Any], best: float) -> None:
     file=sys.stderr,
     flush=True,
   )
-
-
-def _save_state(path: Path, params: Params, opt_state: Any, progress: tuple) -> None:
-  leaves = {f"opt{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(opt_state))}
-  named = {name: np.asarray(p) for name, p in params.items()}
-  checkpoint.save_arrays(path, named | leaves | {"progress": np.array(progress, np.float64)})
-
-
-def _load_state(path: Path, like: Any) -> tuple[Params, Any, tuple[int, int, float]]:
-  with np.load(path) as arrays:
-    step, total, best = arrays["progress"]
-    leaves = [jnp.asarray(arrays[f"opt{i}"]) for i in range(len(jax.tree.leaves(like)))]
-    names = [n for n in arrays.files if n.endswith(".weight")]
-    params = {name: jnp.asarray(arrays[name]) for name in names}
-  state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-  return params, state, (int(step), int(total), float(best))
 
 
 def main(_: list[str]) -> None:

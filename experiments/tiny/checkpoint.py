@@ -4,10 +4,12 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -83,3 +85,21 @@ def load(folder: Path) -> tuple[dict[str, NDArray[Any]], LlamaConfig, dict[str, 
       raise FormatError(f"{path} is of another checkpoint than part 1. Copy all parts again.")
   meta = json.loads(metas[0])
   return params, LlamaConfig(**meta["config"]), meta["record"]
+
+
+def save_state(
+  path: Path, params: Mapping[str, jax.Array], opt_state: Any, progress: Sequence[float]
+) -> None:
+  """Writes all that a run needs to go on, in one step."""
+  leaves = {f"opt{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(opt_state))}
+  named = {name: np.asarray(p) for name, p in params.items()}
+  save_arrays(path, named | leaves | {"progress": np.array(progress, np.float64)})
+
+
+def load_state(path: Path, like: Any) -> tuple[dict[str, jax.Array], Any, list[float]]:
+  """What `save_state` was given; `like` is an optimizer's state of the same structure."""
+  with np.load(path) as arrays:
+    leaves = [jnp.asarray(arrays[f"opt{i}"]) for i in range(len(jax.tree.leaves(like)))]
+    params = {n: jnp.asarray(arrays[n]) for n in arrays.files if n.endswith(".weight")}
+    progress = arrays["progress"].tolist()
+  return params, jax.tree.unflatten(jax.tree.structure(like), leaves), progress

@@ -39,7 +39,7 @@ absl_flags.DEFINE_list("tg", ["128"], "Tokens to generate; 0 for none.", flag_va
 absl_flags.DEFINE_list("depth", ["0"], "Tokens in the cache before each test.", flag_values=FLAGS)
 absl_flags.DEFINE_list("batch", ["1"], "Sequences side by side in each test.", flag_values=FLAGS)
 absl_flags.DEFINE_integer("reps", 5, "Counted repetitions of each test.", 1, flag_values=FLAGS)
-common.define_engine(FLAGS)
+common.define_engine(FLAGS, pool=False)
 common.define_model(FLAGS)
 common.define_json(FLAGS, "a JSON list of records")
 

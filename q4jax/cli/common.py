@@ -60,8 +60,8 @@ def define_machine(flags: absl_flags.FlagValues) -> None:
   )
 
 
-def define_engine(flags: absl_flags.FlagValues) -> None:
-  """The flags that `make_engine` reads."""
+def define_engine(flags: absl_flags.FlagValues, pool: bool = True) -> None:
+  """The flags that `make_engine` reads; with a `pool`, those of one that lasts too."""
   absl_flags.DEFINE_integer(
     "max_context",
     None,
@@ -77,6 +77,8 @@ def define_engine(flags: absl_flags.FlagValues) -> None:
     flag_values=flags,
   )
   kv.define(flags)
+  if pool:
+    kv.define_pool(flags)
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

@@ -51,18 +51,26 @@ def define(flags: absl_flags.FlagValues) -> None:
     "Evict again after so many more tokens of a sequence, a multiple of 32: --keep is then of all "
     "tokens. 0: only the prompt's.",
   )
-  whole(
+  switch("kv_mask", "Hide evicted tokens and keep their memory, to compare with.")
+
+
+def define_pool(flags: absl_flags.FlagValues) -> None:
+  """The flags that `pool` reads."""
+  absl_flags.DEFINE_integer(
     "kv_pool_tokens",
     0,
     "Room of the compressed cache, in tokens, for all prompts of a call; those that do not fit "
     "wait. 0: as much as they can need.",
+    lower_bound=0,
+    flag_values=flags,
   )
-  switch(
+  absl_flags.DEFINE_boolean(
     "kv_share_prefixes",
+    False,
     "Keep what was read of prompts in the pool, and do not read it again where another begins "
     "alike, as a conversation's next turn does. Needs --kv_pool_tokens, and no eviction.",
+    flag_values=flags,
   )
-  switch("kv_mask", "Hide evicted tokens and keep their memory, to compare with.")
 
 
 def config(flags: absl_flags.FlagValues) -> "KVConfig | None":
@@ -94,12 +102,14 @@ def config(flags: absl_flags.FlagValues) -> "KVConfig | None":
 
 
 def pool(flags: absl_flags.FlagValues) -> dict[str, Any]:
-  """The arguments of `Engine` that the flags of the pool set.
+  """The arguments of `Engine` that the flags of the pool set, if the command has them.
 
   Raises:
     UsageError: there is no compressed cache, or what is shared would be evicted.
   """
-  asked = [name for name in ("kv_pool_tokens", "kv_share_prefixes") if flags[name].value]
+  asked = [
+    name for name in ("kv_pool_tokens", "kv_share_prefixes") if name in flags and flags[name].value
+  ]
   if not asked:
     return {}
   kv = config(flags)

@@ -298,7 +298,6 @@ class Engine:
         tokens = np.asarray(output.token)
         if compressed is not None:
           compressed.take_back(running & np.isin(tokens, list(self.model.tokenizer.stop_ids)))
-          timing.kv = compressed.usage
         for row in sorted(open_rows):
           token = int(tokens[row])
           chunk = self._chunk(row, token, output, texts[row], step, limits[row], logprobs)
@@ -312,9 +311,11 @@ class Engine:
           return
         output = ahead
     finally:
-      if compressed is not None and self._store is not None:
-        assert isinstance(state.cache, Compressed)
-        compressed.close(state.cache)
+      if compressed is not None:
+        timing.kv = compressed.usage
+        if self._store is not None:
+          assert isinstance(state.cache, Compressed)
+          compressed.close(state.cache)
 
   def compress(
     self,

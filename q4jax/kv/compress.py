@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from q4jax.kv.config import KVConfig
+from q4jax.kv.decide import keep_mask
 from q4jax.kv.policy import ScoreContext
 from q4jax.model.caches import Recording
 from q4jax_kernels import kv_pages
@@ -47,16 +48,14 @@ def decide(prompt: Recording, length: jax.Array, kv: KVConfig) -> jax.Array:
   valid = pos < length[:, None]
   behind = pos - kv.protect.sink
   leaves = (behind >= 0) & (behind < spilled_after(length, kv)[:, None])
-  policy, select = kv.policy, kv.select
+  policy = kv.policy
   if policy is None:
     return jnp.broadcast_to(leaves, (cache[0].shape[0], *leaves.shape))
-  # What stays in the ring stays whatever its score, and counts as kept.
-  eligible = valid & leaves & ~kv.protect(pos, length, valid)
 
   def layer(arrays: tuple) -> jax.Array:
     k, v, queries, mass = arrays
     context = _context(k, v, queries, mass, pos, valid, length, kv)
-    return select(policy(context), eligible, valid, length) & leaves
+    return keep_mask(policy, kv.select, kv.protect, context, leaves) & leaves
 
   return jax.lax.map(layer, (*cache, prompt.queries, prompt.mass))
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from q4jax.kv.compress import attention, dense_pos
 from q4jax.kv.config import KVConfig
+from q4jax.kv.decide import keep_mask
 from q4jax.kv.policy import ScoreContext
 from q4jax.model.caches import Compressed
 from q4jax_kernels import kv_pages
@@ -81,10 +82,9 @@ def choose(
       both = jnp.concatenate(mass, axis=2)
       given["mass"] = jnp.take_along_axis(both, order[:, None], axis=2)
       given["visits"] = jnp.where(valid, length[:, None] - pos, 0).astype(jnp.float32)
-    score = policy(ScoreContext(pos, valid, length, paged.key_pages.kv_heads, **given))
-    # What is in the sinks and the ring stays whatever its score, and counts as kept.
-    eligible = valid & (order < live.shape[1]) & ~kv.protect(pos, length, valid)
-    keep = kv.select(score, eligible, valid, length)
+    context = ScoreContext(pos, valid, length, paged.key_pages.kv_heads, **given)
+    in_blocks = order < live.shape[1]  # not in the sinks nor the ring
+    keep = keep_mask(policy, kv.select, kv.protect, context, in_blocks)
     keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=1), axis=1)[:, : live.shape[1]]
     return live & (keep | ~due[:, None])
 

@@ -108,18 +108,12 @@ class KVStore:
     slot_pos = jnp.full((self.num_blocks, kv.block_size), -1, jnp.int32)
     return pages(kv.key, kind="key"), pages(kv.value, kind="value"), slot_pos
 
-  @property
-  def block_bytes(self) -> int:
-    """Bytes of one block, scales and positions included."""
-    shapes = jax.tree.leaves(jax.eval_shape(self._zeros))
-    return sum(a.size * a.dtype.itemsize for a in shapes) // self.num_blocks
-
   def prefixes(self, prompts: Sequence[np.ndarray]) -> "Prefixes":
     """What is here of these prompts (int[T]); the blocks found have a reference for the caller.
 
     Only where blocks depend on nothing but the tokens before them: without eviction.
     """
-    layers, sink, size = self.config.num_layers, self.kv.protect.sink, self.kv.block_size
+    layers, sink = self.config.num_layers, self.kv.protect.sink
     names: list[list[list[bytes]]] = []
     blocks: list[np.ndarray] = []
     for tokens in prompts:
@@ -129,15 +123,19 @@ class KVStore:
       whole = len(found) // layers * layers
       self.pool.release(found[whole:])
       blocks.append(np.array(found[:whole], np.int32).reshape(-1, layers).T)
-    return Prefixes(names, blocks, sink, size)
+    known = np.array([found.shape[1] for found in blocks])
+    return Prefixes(names, blocks, np.where(known > 0, sink + known * self.kv.block_size, 0))
 
   def _names(self, tokens: list[int]) -> list[list[bytes]]:
     """What the blocks of a text are published as, of each block one name a layer."""
     kv, sink = self.kv, self.kv.protect.sink
     salt = repr((kv.key, kv.value, kv.rotate, tokens[:sink])).encode()
+
+    def of_layer(name: bytes, layer: int) -> bytes:
+      return hashlib.blake2b(name, digest_size=32, salt=layer.to_bytes(4, "little")).digest()
+
     return [
-      [hashlib.blake2b(name, digest_size=32, salt=i.to_bytes(4, "little")).digest() for i in layers]
-      for layers in [range(self.config.num_layers)]
+      [of_layer(name, layer) for layer in range(self.config.num_layers)]
       for name in prefix_hashes(tokens[sink:], kv.block_size, salt)
     ]
 
@@ -149,18 +147,13 @@ class Prefixes:
   Attributes:
     names: of each prompt, the names [block][layer] of all blocks that it will leave.
     blocks: of each prompt, int32[L, n], those of its first blocks that are known.
+    tokens: int[B], where reading each prompt goes on. Its sinks lie before that, and are read
+      again: they are in no block.
   """
 
   names: list[list[list[bytes]]]
   blocks: list[np.ndarray]
-  _sink: int
-  _block_size: int
-
-  @property
-  def tokens(self) -> np.ndarray:
-    """int[B]: how many tokens of each prompt need not be read, sinks (which must) among them."""
-    known = np.array([b.shape[1] for b in self.blocks])
-    return np.where(known > 0, self._sink + known * self._block_size, 0)
+  tokens: np.ndarray
 
   @property
   def references(self) -> list[int]:

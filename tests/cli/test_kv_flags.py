@@ -33,6 +33,7 @@ def test_eviction() -> None:
 def test_pool() -> None:
   flags = absl_flags.FlagValues()
   kv.define(flags)
+  kv.define_pool(flags)
   flags(["q4jax", "--kv_bits=4", "--kv_pool_tokens=4096", "--kv_share_prefixes"])
   assert kv.pool(flags) == {"kv_pool_tokens": 4096, "share_prefixes": True}
 
@@ -48,6 +49,7 @@ def test_pool() -> None:
 def test_pool_misuse(words: list[str], said: str) -> None:
   flags = absl_flags.FlagValues()
   kv.define(flags)
+  kv.define_pool(flags)
   flags(["q4jax", *words])
   with pytest.raises(UsageError, match=said):
     kv.pool(flags)

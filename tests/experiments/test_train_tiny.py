@@ -193,7 +193,7 @@ def _stop_after(config, steps):
   stream = windows(len(row), config.context, config.batch, config.seed)
   starts = np.stack([next(stream) for _ in range(steps)])
   params, state, *_ = train(params, state, row, starts, np.int32(0), np.float32(config.steps))
-  train_tiny._save_state(
+  checkpoint.save_state(
     train_tiny.Path(config.state), params, state, (steps, config.steps, math.inf)
   )
 

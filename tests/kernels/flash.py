@@ -51,3 +51,17 @@ def check(case: Case, attend: Callable) -> None:
   case.q, case.v = np.zeros_like(case.q), coarse(case.v)
   case.cache, case.after = ((k, coarse(v)) for k, v in (case.cache, case.after))
   case.check(*attend(*case.arguments))
+
+
+def check_nan(attend: Callable, slots: int) -> None:
+  """NaN in a query stays in its head; the softmax of the others, nearly one-hot, stays finite."""
+  case = Case([5, 130], [3, 3], t=3, s=slots, head_dim=64, cache="bf16")
+  case.q = 30 * case.q
+  clean, cache = attend(*case.arguments)
+  case.check(clean, cache, rtol=0, atol=0.3)
+  case.q[1, 1, 2, 0] = np.nan
+  out, _ = attend(*case.arguments)
+  assert np.isnan(out[1, 1, 2]).all()
+  others = np.ones(out.shape[:3], bool)
+  others[1, 1, 2] = False
+  np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(clean)[others])

@@ -18,7 +18,7 @@ def cached_attention(
   isa: str = "best",
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Shapes as in api.py; the cache is float16 or float32. Only filled slots are read."""
-  out, cache, _ = _call(q, k, v, cache, jnp.zeros(0), start, length, layer, isa)
+  out, cache, _ = scored_attention(q, k, v, cache, jnp.zeros(0), start, length, layer, isa)
   return out, cache
 
 
@@ -33,22 +33,7 @@ def scored_attention(
   layer: int,
   isa: str = "best",
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-  """As in api.py. The mass costs one addition for each probability."""
-  return _call(q, k, v, cache, mass, start, length, layer, isa)
-
-
-def _call(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  cache: tuple[jax.Array, jax.Array],
-  mass: jax.Array,
-  start: jax.Array,
-  length: jax.Array,
-  layer: int,
-  isa: str,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-  """`mass` is empty where it is not asked for."""
+  """As in api.py. An empty mass is not added to."""
   k_cache, v_cache = cache
   call = jax.ffi.ffi_call(
     "q4jax_attention",

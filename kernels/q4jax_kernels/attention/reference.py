@@ -38,7 +38,7 @@ def cached_attention(
   layer: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Appends k, v to one layer of the cache and attends to it. Shapes as in api.py."""
-  return _attend(q, k, v, cache, start, length, layer)[:2]
+  return scored_attention(q, k, v, cache, jnp.zeros(0), start, length, layer)[:2]
 
 
 def scored_attention(
@@ -51,22 +51,7 @@ def scored_attention(
   length: jax.Array,
   layer: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-  """As in api.py."""
-  out, cache, p = _attend(q, k, v, cache, start, length, layer)
-  real = jnp.arange(q.shape[1]).reshape(1, 1, 1, -1, 1) < length.reshape(-1, 1, 1, 1, 1)
-  return out, cache, mass.at[layer].add(jnp.where(real, p, 0.0).sum(axis=3).mean(axis=2))
-
-
-def _attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  cache: tuple[jax.Array, jax.Array],
-  start: jax.Array,
-  length: jax.Array,
-  layer: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-  """Also the probabilities, float32[B, K, N / K, T, S]; of padding they are anything."""
+  """As in api.py. An empty mass is not added to."""
   b, t, n, h = q.shape
   k_cache, v_cache = cache
   slots = k_cache.shape[3]
@@ -88,5 +73,8 @@ def _attend(
   filled = jnp.arange(slots).reshape(1, 1, slots, 1) < (start + length).reshape(b, 1, 1, 1)
   values = jnp.where(filled, values, 0.0)
   out = jnp.einsum("bkrts,bksh->btkrh", p, values).reshape(b, t, n, h)
-  real = (step < length.reshape(b, 1)).reshape(b, t, 1, 1)
-  return jnp.where(real, out, 0.0), (k_cache, v_cache), p
+  real = step < length.reshape(b, 1)
+  if mass.size:
+    paid = jnp.where(real.reshape(b, 1, 1, t, 1), p, 0.0)
+    mass = mass.at[layer].add(paid.sum(axis=3).mean(axis=2))
+  return jnp.where(real.reshape(b, t, 1, 1), out, 0.0), (k_cache, v_cache), mass
