@@ -18,6 +18,7 @@ import numpy as np
 
 from q4jax_kernels import ffi
 from q4jax_kernels.block_formats import FORMATS
+from q4jax_kernels.q4_array import namespace
 from q4jax_kernels.q4_formats import Q4_FORMATS
 
 ROWS = 16  # rows side by side in the x16 layout
@@ -75,11 +76,15 @@ def block_shape(format: str) -> tuple[int, int]:
 
 
 def dequantize_blocks(blocks: jax.Array, format: str) -> jax.Array:
-  """uint8[..., block_bytes] -> float32[..., block_size], bit-exact to the format's definition."""
+  """uint8[..., block_bytes] -> float32[..., block_size], bit-exact to the format's definition.
+
+  Of NumPy or JAX arrays, and so is the result.
+  """
+  xp = namespace(blocks)
   if format in _LAWS:
-    return _LAWS[format].dequantize(blocks, jnp)
+    return _LAWS[format].dequantize(blocks, xp)
   dtype = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}[format]
-  return jax.lax.bitcast_convert_type(blocks, dtype)[..., None].astype(jnp.float32)
+  return blocks.view(dtype).astype(jnp.float32)
 
 
 @jax.tree_util.register_dataclass
