@@ -21,6 +21,7 @@ FORBIDDEN = {
   "kernels": {"flax", "q4jax", *ABOVE},
   "q4jax": {"gguf", *ABOVE},  # our own reader takes hostile files; gguf-py is a test's oracle
   "q4jax/errors.py": {"q4jax", "q4jax_kernels"},
+  "q4jax/records.py": {"q4jax.formats", "q4jax.quant", "q4jax.model", "q4jax.engine", *DOORS},
   "q4jax/formats": {"q4jax.model", "q4jax.engine", "q4jax.kv", *DOORS},
   "q4jax/text": {"q4jax.model", "q4jax.engine", "q4jax.kv", *DOORS},
   "q4jax/model": {"q4jax.formats", "q4jax.engine", *DOORS},
