@@ -7,8 +7,9 @@ order of memory (see rope_rows): code above this line meets one convention.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,5 +110,6 @@ def floats(
   tensor = checkpoint.tensors[name]
   rows = checkpoint.rows(name, start, stop)
   _, block_bytes = block_shape(tensor.format)
-  values = dequantize_blocks(rows.reshape(len(rows), -1, block_bytes), tensor.format)
+  blocks = cast(jax.Array, rows.reshape(len(rows), -1, block_bytes))  # NumPy in, NumPy out.
+  values = np.asarray(dequantize_blocks(blocks, tensor.format))
   return values.reshape(tensor.shape if len(tensor.shape) == 1 else (len(rows), -1))

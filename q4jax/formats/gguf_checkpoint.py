@@ -18,7 +18,7 @@ class GGUFCheckpoint:
     self.path, self._file = path, file
     self.metadata: Mapping[str, Any] = file.metadata
     self.config = config_lib.from_gguf(file.metadata, frozenset(file.tensors), path)
-    self.tensors = {
+    self.tensors: Mapping[str, Tensor] = {
       info.name: Tensor(info.name, info.shape, info.format) for info in file.tensors.values()
     }
 

@@ -15,7 +15,7 @@ _ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)")
 
 
 def file_rows(config: LlamaConfig, name: str) -> NDArray[np.int64] | None:
-  """int64[N]: which row of a GGUF file each row of memory is; None where the orders are the same."""
+  """int64[N]: which row of a GGUF file each row of memory is; None where both orders agree."""
   rotated = _ROTATED.fullmatch(name)
   if rotated is None or config.architecture not in INTERLEAVED_ARCHITECTURES:
     return None
