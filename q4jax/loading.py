@@ -61,18 +61,35 @@ def load(
   Raises:
     q4jax.Q4JaxError: the model cannot be found, read, or run; the message says what to do.
   """
-  path = resolve(str(model))
+  with GGUFCheckpoint.open(resolve(str(model))) as checkpoint:
+    return load_checkpoint(
+      checkpoint,
+      tokenizer=tokenizer,
+      device=device,
+      implementation=implementation,
+      progress=progress,
+    )
+
+
+def load_checkpoint(
+  checkpoint: Checkpoint,
+  *,
+  tokenizer: str | Path | None = None,
+  device: jax.Device | None = None,
+  implementation: str | None = None,
+  progress: Progress | None = None,
+) -> Model:
+  """`load` of an open checkpoint, wherever it lies."""
   device = device or jax.local_devices()[0]
-  with GGUFCheckpoint.open(path) as checkpoint:
-    text = _tokenizer(checkpoint.metadata, tokenizer, path)
-    weights = _Weights(checkpoint, device, implementation, progress)
-    module = Llama(checkpoint.config, weights.make, Matmul(_matmul_dtype(device), implementation))
-    weights.check_all_used()
-    metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("tokenizer.ggml.")}
-  return Model(module, text, metadata, str(path))
+  text = _tokenizer(checkpoint.metadata, tokenizer, checkpoint.path)
+  weights = _Weights(checkpoint, device, implementation, progress)
+  module = Llama(checkpoint.config, weights.make, Matmul(_matmul_dtype(device), implementation))
+  weights.check_all_used()
+  metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("tokenizer.ggml.")}
+  return Model(module, text, metadata, checkpoint.path)
 
 
-def _tokenizer(metadata: Mapping[str, Any], external: str | Path | None, path: Path) -> Tokenizer:
+def _tokenizer(metadata: Mapping[str, Any], external: str | Path | None, path: str) -> Tokenizer:
   if external is not None:
     return Tokenizer.from_tokenizer_json(external)
   try:
