@@ -25,6 +25,7 @@ from q4jax_kernels import q4_blocks
 from q4jax_kernels.block_array import BlockArray
 from q4jax_kernels.block_formats import pack_codes
 from q4jax_kernels.q4_array import SYMMETRIC_OFFSET, Q4Array, pack_pairs
+from q4jax_kernels.q4_formats import Q4Format
 
 
 def to_q4_array(w: GroupArray) -> Q4Array:
@@ -43,6 +44,44 @@ def to_q4_array(w: GroupArray) -> Q4Array:
     minimum = scale * w.zero_point
     _need(w.grid.scale_dtype != "float32", w, "scale * zero_point is not exact in float32")
   return Q4Array(pack_pairs(codes), scale, minimum).validated()  # type: ignore[arg-type]
+
+
+def block_format(grid: Grid, k: int) -> str:
+  """The format of `as_planned`'s blocks for rows of K weights, whatever the weights are.
+
+  Raises:
+    ConfigError: no format that a model runs holds such a grid.
+  """
+  group = grid.group_size if isinstance(grid.group_size, int) else k
+  if grid.bits <= 4:
+    try:
+      in_block = q4_blocks.longest_group(k, group)
+    except NotImplementedError as error:
+      raise ConfigError(
+        f"{error} Choose another group_size, or keep this matrix in float."
+      ) from None
+    wide = grid.scale_dtype != "float16" or grid.rule == "zero_point"
+    return Q4Format(in_block, grid.symmetric, wide).name
+  names = ["q8_0"] if grid.rule != "minimum" else []
+  if grid.bits == 5 and grid.rule != "zero_point":
+    names.insert(0, "q5_0" if grid.symmetric else "q5_1")
+  if grid.bits == 6 and grid.symmetric and group % 256 == 0:
+    names.insert(0, "q6_k")
+  if not names or group % 32 or grid.scale_dtype != "float16":
+    raise ConfigError(
+      f"no block format that a model runs holds {grid.bits} bits in groups of {group} by rule "
+      f"{grid.rule} with {grid.scale_dtype} scales. Above 4 bits take groups of a multiple of 32, "
+      "float16 scales, and symmetric codes (a minimum only with 5 bits)."
+    )
+  return names[0]
+
+
+def as_planned(w: GroupArray) -> BlockArray:
+  """Blocks of `block_format`, in layout rows, that decode to the same weights; errors as there."""
+  if w.grid.bits > 4:
+    return to_blocks(w, block_format(w.grid, w.shape[1]))
+  wide = block_format(w.grid, w.shape[1]).endswith("_f32")
+  return q4_blocks.to_blocks(to_q4_array(w), wide)
 
 
 def to_blocks(w: GroupArray, format: str | None = None) -> BlockArray:
