@@ -53,13 +53,13 @@ def block_format(grid: Grid, k: int) -> str:
     ConfigError: no format that a model runs holds such a grid.
   """
   group = grid.group_size if isinstance(grid.group_size, int) else k
+  if grid.bits <= 4 and grid.rule == "zero_point" and grid.scale_dtype == "float32":
+    raise ConfigError("scale * zero_point is not exact in float32. Choose another scale_dtype.")
   if grid.bits <= 4:
     try:
       in_block = q4_blocks.longest_group(k, group)
     except NotImplementedError as error:
-      raise ConfigError(
-        f"{error} Choose another group_size, or keep this matrix in float."
-      ) from None
+      raise ConfigError(f"{error} Choose another group_size, or leave it in float.") from None
     wide = grid.scale_dtype != "float16" or grid.rule == "zero_point"
     return Q4Format(in_block, grid.symmetric, wide).name
   names = ["q8_0"] if grid.rule != "minimum" else []
