@@ -62,7 +62,8 @@ def block_format(grid: Grid, k: int) -> str:
       raise ConfigError(f"{error} Choose another group_size, or leave it in float.") from None
     wide = grid.scale_dtype != "float16" or grid.rule == "zero_point"
     return Q4Format(in_block, grid.symmetric, wide).name
-  names = ["q8_0"] if grid.rule != "minimum" else []
+  # With 8 bits, code - zero_point may be beyond int8.
+  names = ["q8_0"] if grid.symmetric or (grid.rule == "zero_point" and grid.bits < 8) else []
   if grid.bits == 5 and grid.rule != "zero_point":
     names.insert(0, "q5_0" if grid.symmetric else "q5_1")
   if grid.bits == 6 and grid.symmetric and group % 256 == 0:
@@ -71,7 +72,7 @@ def block_format(grid: Grid, k: int) -> str:
     raise ConfigError(
       f"no block format that a model runs holds {grid.bits} bits in groups of {group} by rule "
       f"{grid.rule} with {grid.scale_dtype} scales. Above 4 bits take groups of a multiple of 32, "
-      "float16 scales, and symmetric codes (a minimum only with 5 bits)."
+      "float16 scales, and symmetric codes (a minimum only with 5 bits, a zero point only below 8)."
     )
   return names[0]
 
