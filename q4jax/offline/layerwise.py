@@ -29,11 +29,20 @@ from q4jax_kernels.block_array import block_shape, dequantize_blocks
 # The matrices of a block that share an input, in the order in which they run; the input has the
 # name of the first.
 SHARED = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
-INPUT_OF = {matrix: shared[0] for shared in SHARED for matrix in shared}
+_INPUT_OF = {matrix: shared[0] for shared in SHARED for matrix in shared}
 # Tokens that run through a block together; it bounds the memory of what flows in it.
 _CALL_TOKENS = 2048
 
 Weights = Mapping[str, jax.Array]
+
+
+def input_of(name: str) -> str:
+  """The name of what flows into a matrix: that of the first matrix that takes it.
+
+  "blk.3.attn_v.weight" takes "blk.3.attn_q"; the head takes "output".
+  """
+  block, _, rest = name.removesuffix(".weight").rpartition(".")
+  return f"{block}.{_INPUT_OF.get(rest, rest)}" if block else "output"
 
 
 @dataclass(frozen=True)
