@@ -199,7 +199,7 @@ def encode(x: Floats, grid: Grid, p: Parameters) -> Floats:
   if p.minimum is not None:
     x = x + p.minimum.astype(np.float32)
   with np.errstate(over="ignore"):
-    codes: Floats = x / np.where(scale == 0, np.float32(np.inf), scale)
+    codes: NDArray = x / np.where(scale == 0, np.float32(np.inf), scale)
   np.rint(codes, out=codes)
   codes += _zero(grid, p)
   return np.clip(codes, 0, grid.top, out=codes)
