@@ -39,12 +39,14 @@ class GGUFFile:
   Attributes:
     metadata: numbers, bools and strings as Python's; arrays of numbers as NumPy arrays, arrays of
       strings as lists.
+    value_types: the number of each value's type in the file; see `gguf_types`.
     tensors: by name, in the order of the files.
     version: of the format, 2 or 3.
   """
 
   def __init__(self, shards: "Sequence[_Shard]"):
     self.metadata: dict[str, Any] = _join_metadata(shards)
+    self.value_types = {k: t for s in reversed(shards) for k, t in s.header.value_types.items()}
     self.tensors: dict[str, TensorInfo] = _join_tensors(shards)
     self.version = shards[0].header.version
     self._maps = {shard.path: shard.mapping for shard in shards}

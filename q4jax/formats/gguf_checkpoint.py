@@ -12,11 +12,16 @@ from q4jax_kernels.block_array import block_shape
 
 
 class GGUFCheckpoint:
-  """See `Checkpoint`. The files are mapped: a tensor's pages are read as its rows are."""
+  """See `Checkpoint`. The files are mapped: a tensor's pages are read as its rows are.
+
+  Attributes:
+    value_types: the GGUF type of each value of `metadata`, for who writes it again (`GGUFSink`).
+  """
 
   def __init__(self, file: GGUFFile, path: str):
     self.path, self._file = path, file
     self.metadata: Mapping[str, Any] = file.metadata
+    self.value_types: Mapping[str, int] = file.value_types
     self.config = config_lib.from_gguf(file.metadata, frozenset(file.tensors), path)
     self.tensors: Mapping[str, Tensor] = {
       info.name: Tensor(info.name, info.shape, info.format) for info in file.tensors.values()

@@ -54,10 +54,14 @@ DAMAGED = (
 
 @dataclass(frozen=True)
 class Header:
-  """What a file says about itself. Tensors are in the order of the file."""
+  """What a file says about itself. Keys and tensors are in the order of the file.
+
+  `value_types` are the numbers of the values' types (gguf_types): Python's int is several of them.
+  """
 
   version: int
   metadata: dict[str, Any]
+  value_types: dict[str, int]
   tensors: dict[str, TensorInfo]
 
 
@@ -75,6 +79,7 @@ def parse_header(buffer: mmap | bytes, path: Path) -> Header:
   num_tensors = cursor.count("tensors", MAX_TENSORS, min_bytes=8 + 1 + 4 + 8 + 4 + 8)
   num_keys = cursor.count("keys", MAX_KEYS, min_bytes=8 + 1 + 4 + 1)
   metadata: dict[str, Any] = {}
+  value_types: dict[str, int] = {}
   for i in range(num_keys):
     at = cursor.at
     key = cursor.string(f"key {i}", MAX_KEY_BYTES)
@@ -82,9 +87,10 @@ def parse_header(buffer: mmap | bytes, path: Path) -> Header:
       raise cursor.error(f"key {i} is empty.", at)
     if key in metadata:
       raise cursor.error(f"the key {_show(key)} occurs twice.", at)
-    metadata[key] = cursor.value(key)
+    value_types[key], metadata[key] = cursor.value(key)
   entries = [_tensor_entry(cursor, i) for i in range(num_tensors)]
-  return Header(version, metadata, _place_tensors(cursor, entries, _alignment(cursor, metadata)))
+  tensors = _place_tensors(cursor, entries, _alignment(cursor, metadata))
+  return Header(version, metadata, value_types, tensors)
 
 
 def _version(cursor: "_Cursor") -> int:
@@ -258,18 +264,18 @@ class _Cursor:
     except UnicodeDecodeError as error:
       raise self.error(f"{what} is not valid UTF-8: {error}.", at) from None
 
-  def value(self, key: str) -> Any:
-    """The typed value that follows a key."""
+  def value(self, key: str) -> tuple[int, Any]:
+    """The value that follows a key, behind the number of its type."""
     at = self.at
     what = f"the value of {_show(key)}"
     kind = self.integer(4, f"the type of {_show(key)}")
     if kind == STRING:
-      return self.string(what)
+      return kind, self.string(what)
     if kind == ARRAY:
-      return self._array(what)
+      return kind, self._array(what)
     if kind not in SCALARS:
       raise self.error(f"{what} has the unknown type {kind}; types are 0..12.", at)
-    return self._numbers(kind, 1, what)[0].item()
+    return kind, self._numbers(kind, 1, what)[0].item()
 
   def _array(self, what: str) -> Any:
     at = self.at
