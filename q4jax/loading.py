@@ -13,8 +13,9 @@ import numpy as np
 
 from q4jax.errors import ConfigError, FormatError, TokenizerError
 from q4jax.formats.checkpoint import FLOAT_FORMATS, Checkpoint, Tensor, floats
-from q4jax.formats.gguf_checkpoint import GGUFCheckpoint
 from q4jax.formats.hub import resolve
+from q4jax.formats.open import open_checkpoint
+from q4jax.formats.qbin import QbinCheckpoint
 from q4jax.model.layers import Matmul, Quantized, Weight
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
@@ -44,14 +45,17 @@ def load(
   implementation: str | None = None,
   progress: Progress | None = None,
 ) -> Model:
-  """Loads a Llama (or Qwen 2 / 3) from a GGUF file.
+  """Loads a Llama (or Qwen 2 / 3) from a GGUF or .qbin file.
 
   Every tensor keeps the type the file gives it; quantised matrices stay quantised (`BlockArray`).
-  Memory: the model's size plus at most one tensor and 64 MiB while loading.
+  Memory: the model's size plus at most one tensor and 64 MiB while loading. On a CPU, the matrices
+  of a .qbin are the mapped file itself: nothing is copied, what is used is read when it is, the
+  system may drop it again, and processes share it. The file must then stay as it is while the model
+  lives: replace it by renaming another over it.
 
   Args:
-    model: a path to a .gguf file (any shard of a split one), the alias `tiny` (the model that comes
-      with q4jax), or `hf://org/repo/file.gguf`, downloaded once and cached.
+    model: a path to a .gguf file (any shard of a split one) or a .qbin, the alias `tiny` (the model
+      that comes with q4jax), or `hf://org/repo/file.gguf`, downloaded once and cached.
     tokenizer: a `tokenizer.json` to use instead of the file's own vocabulary.
     device: where the weights go; the default device if None.
     implementation: of the int4 matmul, by name (`q4jax_kernels.int4_matmul.IMPLEMENTATIONS`): it
@@ -61,7 +65,7 @@ def load(
   Raises:
     q4jax.Q4JaxError: the model cannot be found, read, or run; the message says what to do.
   """
-  with GGUFCheckpoint.open(resolve(str(model))) as checkpoint:
+  with open_checkpoint(resolve(str(model))) as checkpoint:
     return load_checkpoint(
       checkpoint,
       tokenizer=tokenizer,
@@ -128,7 +132,7 @@ class _Weights:
     if len(shape) == 1:
       value = self._vector(tensor)
     elif self.layout == "x16":
-      value = self._tiles(tensor)
+      value = self._mapped(tensor) or self._tiles(tensor)
     else:
       value = self._rows(tensor)
     if self.implementation is not None and isinstance(value, Quantized):
@@ -190,6 +194,15 @@ class _Weights:
     jax.block_until_ready(value)
     self.source.release(tensor.name)
     return value
+
+  def _mapped(self, tensor: Tensor) -> BlockArray | None:
+    """The tiles of a file that has them, where they lie in it; None if it does not."""
+    source = self.source
+    if not isinstance(source, QbinCheckpoint) or source.places[tensor.name].layout != "x16":
+      return None
+    # On pages of their own, so aligned: JAX takes the mapped memory as it is, and keeps it mapped.
+    data = jax.device_put(source.stored(tensor.name), self.device)
+    return BlockArray(data, tensor.format, tensor.num_rows, "x16")
 
   def _tiles(self, tensor: Tensor) -> BlockArray:
     tiles = -(-tensor.num_rows // ROWS)

@@ -31,7 +31,7 @@ def resolve(name: str) -> Path:
 
 def _download(name: str) -> Path:
   parts = name.removeprefix("hf://").split("/")
-  if len(parts) < 3 or not all(parts) or not parts[-1].endswith(".gguf"):
+  if len(parts) < 3 or not all(parts) or not parts[-1].endswith((".gguf", ".qbin")):
     raise ConfigError(f"'{name}' is no hub address; expected hf://org/repo/path/to/file.gguf.")
   repo, file = "/".join(parts[:2]), "/".join(parts[2:])
   shards = _shards(file)
