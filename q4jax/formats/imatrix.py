@@ -1,8 +1,8 @@
 """llama.cpp's importance matrices: sums of squares of what flows into each matrix.
 
-A GGUF with, for each matrix, `NAME.in_sum2` float32[1, K] and `NAME.counts` float32[1, 1], the number
-of rows summed. Source: save_imatrix in llama.cpp (tools/imatrix/imatrix.cpp). Files in the older
-binary format (.dat) are refused.
+A GGUF with, for each matrix, `NAME.in_sum2` float32[1, K] and `NAME.counts` float32[1, 1], the
+number of rows summed. Source: save_imatrix in llama.cpp (tools/imatrix/imatrix.cpp). Files in the
+older binary format (.dat) are refused.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from q4jax.quant import rtn
+from q4jax.quant import rtn, search
 from q4jax.quant.grid import Fit
 
-FITS: Mapping[str, Fit] = {"rtn": rtn.fit}
+FITS: Mapping[str, Fit] = {"rtn": rtn.fit, "mse": search.fit}
