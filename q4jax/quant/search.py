@@ -50,7 +50,8 @@ def fit(
   factors = np.linspace(1.05, _SMALLEST[grid.bits], steps, dtype=np.float32)
 
   def chunk(start: int, stop: int) -> NDArray:
-    x = np.asarray(w[start:stop], np.float32).reshape(stop - start, groups, -1)
+    # Contiguous: sums round otherwise in another order.
+    x = np.ascontiguousarray(w[start:stop], np.float32).reshape(stop - start, groups, -1)
     return _pack(_search(x, weight, grid, factors, refits))
 
   return _unpack(by_rows(chunk, w.shape), grid)
