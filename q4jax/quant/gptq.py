@@ -44,6 +44,7 @@ from q4jax.quant.grid import (
   encode,
   quantize,
 )
+from q4jax.quant.search import take
 
 Order = Literal["given", "grouped", "static", "permuted"]
 ORDERS: tuple[Order, ...] = ("given", "grouped", "static", "permuted")
@@ -246,9 +247,4 @@ def _with_rows(a: GroupArray, b: GroupArray, of_b: NDArray[np.bool_]) -> GroupAr
   if len(a.scale) == 1:  # One set of parameters, the same in both.
     return dataclasses.replace(a, codes=codes)
 
-  def pick(x: NDArray | None, y: NDArray | None) -> NDArray | None:
-    return None if x is None or y is None else np.where(of_b[:, None], y, x)
-
-  scale = np.where(of_b[:, None], b.scale, a.scale)
-  p = Parameters(scale, pick(a.minimum, b.minimum), pick(a.zero_point, b.zero_point))
-  return GroupArray(codes, p, a.grid)
+  return GroupArray(codes, take(of_b[:, None], b.parameters, a.parameters), a.grid)

@@ -47,12 +47,11 @@ def fit(
   if grid.group_size == "tensor":
     weight, w = np.tile(weight, len(w)), w.reshape(1, -1)
   weight = weight.reshape(groups, -1)
-  factors = np.linspace(1.05, _SMALLEST[grid.bits], steps, dtype=np.float32)
 
   def chunk(start: int, stop: int) -> NDArray:
     # Contiguous: sums round otherwise in another order.
     x = np.ascontiguousarray(w[start:stop], np.float32).reshape(stop - start, groups, -1)
-    return _pack(_search(x, weight, grid, factors, refits))
+    return _pack(_search(x, weight, grid, steps, refits))
 
   return _unpack(by_rows(chunk, w.shape), grid)
 
@@ -70,26 +69,26 @@ def checked_importance(importance: Floats | None, k: int) -> Floats:
   return (importance.astype(np.float64) / (mean or 1)).astype(np.float32)
 
 
-def _search(x: Floats, weight: Floats, grid: Grid, factors: Floats, refits: int) -> Parameters:
+def _search(x: Floats, weight: Floats, grid: Grid, steps: int, refits: int) -> Parameters:
   """Of groups x [n, G, L], weight [G, L]: parameters [n, G]."""
   low, high = x.min(axis=-1), x.max(axis=-1)
   best = rtn.of_range(low, high, grid)
   error, _ = _evaluate(x, weight, grid, best)
-  for start in _starts(low, high, grid, factors):
+  for start in ranges(low, high, grid, steps):
     p = start
     for attempt in range(1 + refits):
       new_error, codes = _evaluate(x, weight, grid, p)
       better = new_error < error * _MARGIN
-      best = _where(better, p, best)
+      best = take(better, p, best)
       error = np.where(better, new_error, error)
       if attempt < refits:
         p = _refit(x, weight, grid, p, codes)
   return best
 
 
-def _starts(low: Floats, high: Floats, grid: Grid, factors: Floats) -> Iterator[Parameters]:
-  """Parameters of ranges that are `factors` as wide."""
-  for f in factors:
+def ranges(low: Floats, high: Floats, grid: Grid, steps: int = _STEPS) -> Iterator[Parameters]:
+  """Parameters of groups whose weights lie in low..high, of ranges shrunk more and more."""
+  for f in np.linspace(1.05, _SMALLEST[grid.bits], steps, dtype=np.float32):
     if grid.rule == "minimum":
       # About the middle; halves first, for a sum of two floats may overflow.
       middle, half = low / 2 + high / 2, (high / 2 - low / 2) * f
@@ -161,7 +160,9 @@ def _divide(a: Floats, b: Floats) -> Floats:
   )
 
 
-def _where(better: NDArray, new: Parameters, old: Parameters) -> Parameters:
+def take(better: NDArray, new: Parameters, old: Parameters) -> Parameters:
+  """New parameters where they are better, else the old."""
+
   def pick(a: NDArray | None, b: NDArray | None) -> NDArray | None:
     return None if a is None or b is None else np.where(better, a, b)
 
