@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ import numpy as np
 
 from q4jax.errors import ConfigError, FormatError, TokenizerError
 from q4jax.formats.checkpoint import FLOAT_FORMATS, Checkpoint, Tensor, floats
-from q4jax.formats.gguf_checkpoint import GGUFCheckpoint
-from q4jax.formats.hub import resolve
+from q4jax.formats.open import open_checkpoint
 from q4jax.model.layers import Matmul, Quantized, Weight
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
@@ -44,14 +43,16 @@ def load(
   implementation: str | None = None,
   progress: Progress | None = None,
 ) -> Model:
-  """Loads a Llama (or Qwen 2 / 3) from a GGUF file.
+  """Loads a Llama (or Qwen 2 / 3) from a GGUF file, a Hugging Face folder, or what q4jax wrote.
 
-  Every tensor keeps the type the file gives it; quantised matrices stay quantised (`BlockArray`).
+  Every tensor keeps the type the file gives it; quantised matrices stay quantised (`BlockArray`),
+  and those of Hugging Face's folders are floats, and stay floats.
   Memory: the model's size plus at most one tensor and 64 MiB while loading.
 
   Args:
-    model: a path to a .gguf file (any shard of a split one), the alias `tiny` (the model that comes
-      with q4jax), or `hf://org/repo/file.gguf`, downloaded once and cached.
+    model: a path to a .gguf file (any shard of a split one), a .qbin file, a folder with a
+      config.json and .safetensors files, or an .orbax folder; the alias `tiny` (the model that
+      comes with q4jax); `hf://org/repo/file.gguf` or `hf://org/repo`, downloaded once and cached.
     tokenizer: a `tokenizer.json` to use instead of the file's own vocabulary.
     device: where the weights go; the default device if None.
     implementation: of the int4 matmul, by name (`q4jax_kernels.int4_matmul.IMPLEMENTATIONS`): it
@@ -61,24 +62,23 @@ def load(
   Raises:
     q4jax.Q4JaxError: the model cannot be found, read, or run; the message says what to do.
   """
-  path = resolve(str(model))
   device = device or jax.local_devices()[0]
-  with GGUFCheckpoint.open(path) as checkpoint:
-    text = _tokenizer(checkpoint.metadata, tokenizer, path)
+  with open_checkpoint(model) as checkpoint:
+    text = _tokenizer(checkpoint, tokenizer)
     weights = _Weights(checkpoint, device, implementation, progress)
     module = Llama(checkpoint.config, weights.make, Matmul(_matmul_dtype(device), implementation))
     weights.check_all_used()
     metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("tokenizer.ggml.")}
-  return Model(module, text, metadata, str(path))
+  return Model(module, text, metadata, checkpoint.path)
 
 
-def _tokenizer(metadata: Mapping[str, Any], external: str | Path | None, path: Path) -> Tokenizer:
+def _tokenizer(checkpoint: Checkpoint, external: str | Path | None) -> Tokenizer:
   if external is not None:
     return Tokenizer.from_tokenizer_json(external)
   try:
-    return Tokenizer.from_gguf_metadata(metadata)
+    return Tokenizer.from_gguf_metadata(checkpoint.metadata)
   except TokenizerError as error:
-    raise TokenizerError(f"{path}: {error}") from None
+    raise TokenizerError(f"{checkpoint.path}: {error}") from None
 
 
 def _matmul_dtype(device: jax.Device) -> jnp.dtype:

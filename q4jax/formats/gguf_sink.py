@@ -39,7 +39,8 @@ class GGUFSink(WholeSink):
       these hold the very same weights; see `ggml_format`.
     types: the GGUF type of a key's value by its number, where the source had one
       (`GGUFCheckpoint.value_types`); other numbers become UINT32 or FLOAT32, as llama.cpp expects,
-      if they fit.
+      if they
+      fit; those of the architecture are rounded to FLOAT32.
     file_type: what `general.file_type` is to say, e.g. "q4_k_m"; None keeps that of `metadata`.
   """
 
@@ -59,6 +60,10 @@ class GGUFSink(WholeSink):
     }
     self._types = types or {}
     self._metadata = {k: v for k, v in metadata.items() if not k.startswith("split.")}
+    own = f"{config.architecture}."
+    for key, value in self._metadata.items():
+      if key.startswith(own) and isinstance(value, float) and key not in self._types:
+        self._metadata[key] = float(np.float32(value))  # llama.cpp refuses these as FLOAT64.
     if file_type is not None:
       self._metadata["general.file_type"] = _file_type(file_type)
     quantised = any(block_shape(tensor.format)[0] > 1 for tensor in self._stored.values())

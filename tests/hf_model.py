@@ -1,0 +1,98 @@
+"""Writes Hugging Face model folders with the safetensors library and a config.json by hand."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from oracles.models import Spec, weights
+
+CLASSES = {
+  "llama": "LlamaForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+}
+_MODULES = {
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+_WHOLE = {
+  "token_embd.weight": "model.embed_tokens.weight",
+  "output_norm.weight": "model.norm.weight",
+  "output.weight": "lm_head.weight",
+}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def config(spec: Spec, **changes: Any) -> dict[str, Any]:
+  """A config.json as transformers 4 writes it."""
+  scaling = None
+  if spec.rope_scaling:
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = {"rope_type": "llama3", **dict(zip(names, spec.rope_scaling, strict=True))}
+  return {
+    "architectures": [CLASSES[spec.architecture]],
+    "model_type": spec.architecture,
+    "hidden_act": "silu",
+    "hidden_size": spec.d_model,
+    "intermediate_size": spec.d_ffn,
+    "num_hidden_layers": spec.layers,
+    "num_attention_heads": spec.heads,
+    "num_key_value_heads": spec.kv_heads,
+    "head_dim": spec.head_dim,
+    "max_position_embeddings": spec.context,
+    "rms_norm_eps": spec.norm_eps,
+    "rope_theta": spec.theta,
+    "rope_scaling": scaling,
+    "tie_word_embeddings": spec.tied,
+    "torch_dtype": "float32",
+    "vocab_size": spec.vocab,
+  } | changes
+
+
+def hf_name(name: str) -> str:
+  if name in _WHOLE:
+    return _WHOLE[name]
+  _, layer, module, kind = name.split(".")
+  return f"model.layers.{layer}.{_MODULES[module]}.{kind}"
+
+
+def tensors(spec: Spec, dtype: str = "F32") -> dict[str, np.ndarray]:
+  """`weights(spec)` by Hugging Face's names."""
+  found = {n: w.astype(DTYPES[dtype]) for n, w in weights(spec).items() if n != "rope_freqs.weight"}
+  return {hf_name(name): value for name, value in found.items()}
+
+
+def write(
+  folder: Path,
+  config: Mapping[str, Any],
+  tensors: Mapping[str, np.ndarray],
+  shards: int = 1,
+) -> Path:
+  """Writes the folder; in several shards, tensor i in shard i modulo their number."""
+  folder.mkdir(exist_ok=True)
+  (folder / "config.json").write_text(json.dumps(config))
+  if shards == 1:
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+  files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+  weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+  for file in files:
+    part = {name: value for name, value in tensors.items() if weight_map[name] == file}
+    save_file(part, folder / file, metadata={"format": "pt"})
+  index = {"metadata": {}, "weight_map": weight_map}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  return folder
