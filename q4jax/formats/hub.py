@@ -37,8 +37,8 @@ def resolve(name: str) -> Path:
 
 def _download(name: str) -> Path:
   parts = name.removeprefix("hf://").split("/")
-  is_file = len(parts) > 2 and parts[-1].endswith(".gguf")
-  if not all(parts) or not (len(parts) == 2 or is_file):
+  is_file = parts[-1].endswith(".gguf")
+  if not all(parts) or (len(parts) < 3 if is_file else len(parts) != 2):
     raise ConfigError(
       f"'{name}' is no hub address; expected hf://org/repo/path/to/file.gguf, or hf://org/repo for "
       "a model in safetensors."

@@ -23,6 +23,7 @@ from q4jax import config as config_lib
 from q4jax.config import LlamaConfig
 from q4jax.errors import FormatError, MissingDependencyError
 from q4jax.formats.checkpoint import FLOAT_FORMATS, Bytes, Tensor
+from q4jax.formats.gguf_types import SCALARS
 from q4jax.formats.json_file import read_object
 from q4jax.formats.whole_sink import WholeSink
 from q4jax_kernels.block_array import block_shape
@@ -226,4 +227,8 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-  return np.array(value["values"], value["dtype"]) if isinstance(value, dict) else value
+  if not isinstance(value, dict):
+    return value
+  if np.dtype(value["dtype"]) not in SCALARS.values():
+    raise ValueError(f"an array of {value['dtype']!r:.40}")
+  return np.array(value["values"], value["dtype"])
