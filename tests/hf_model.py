@@ -7,9 +7,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
+from tokenizers import models
 
 from oracles.models import Spec, weights
+from shared_data import shared
 
 CLASSES = {
   "llama": "LlamaForCausalLM",
@@ -96,3 +99,32 @@ def write(
   index = {"metadata": {}, "weight_map": weight_map}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   return folder
+
+
+def llama2_tokenizer() -> tuple[tokenizers.Tokenizer, list[float]]:
+  """Llama 2's real vocabulary as its tokenizer.json has it, and the scores of its pieces.
+
+  The merges are derived from the scores as transformers' converter does.
+  """
+  from sentencepiece import SentencePieceProcessor
+
+  model = SentencePieceProcessor(model_file=str(shared("tokenizers/tokenizer.model")))
+  size = model.get_piece_size()
+  vocabulary = {model.id_to_piece(id): id for id in range(size)}
+  scores = [model.get_score(id) for id in range(size)]
+  merges = []
+  for piece, id in vocabulary.items():
+    local = [
+      (piece[:cut], piece[cut:], scores[id])
+      for cut in range(1, len(piece))
+      if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    merges += sorted(local, key=lambda m: (vocabulary[m[0]], vocabulary[m[1]]))
+  merges.sort(key=lambda m: m[2], reverse=True)
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(
+      vocabulary, [m[:2] for m in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+  )
+  tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+  return tokenizer, scores

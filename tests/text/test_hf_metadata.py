@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from hf_model import llama2_tokenizer
 from q4jax.errors import TokenizerError
 from q4jax.text.hf_metadata import tokenizer_metadata
 from q4jax.text.tokenizer import Tokenizer
-from shared_data import shared
 
 # The makers' own spelling: meta-llama's and Qwen's tokenizer.json.
 LLAMA3 = (
@@ -130,38 +130,9 @@ def test_rows_without_a_token_are_unused(tmp_path: Path) -> None:
     tokenizer_metadata(save(library, tmp_path), size - 1)
 
 
-def sentencepiece() -> tuple[Any, list[float]]:
-  """Llama 2's real vocabulary as its tokenizer.json has it, and the scores of its pieces.
-
-  The merges are derived from the scores as transformers' converter does.
-  """
-  from sentencepiece import SentencePieceProcessor
-
-  model = SentencePieceProcessor(model_file=str(shared("tokenizers/tokenizer.model")))
-  size = model.get_piece_size()
-  vocabulary = {model.id_to_piece(id): id for id in range(size)}
-  scores = [model.get_score(id) for id in range(size)]
-  merges = []
-  for piece, id in vocabulary.items():
-    local = [
-      (piece[:cut], piece[cut:], scores[id])
-      for cut in range(1, len(piece))
-      if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    merges += sorted(local, key=lambda m: (vocabulary[m[0]], vocabulary[m[1]]))
-  merges.sort(key=lambda m: m[2], reverse=True)
-  tokenizer = tokenizers.Tokenizer(
-    models.BPE(
-      vocabulary, [m[:2] for m in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
-    )
-  )
-  tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-  return tokenizer, scores
-
-
 @pytest.mark.parametrize("spaces", ["normalizer", "metaspace"])
 def test_sentencepiece(spaces: str, tmp_path: Path) -> None:
-  library, scores = sentencepiece()
+  library, scores = llama2_tokenizer()
   if spaces == "normalizer":
     library.normalizer = normalizers.Sequence(
       [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
