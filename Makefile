@@ -73,6 +73,18 @@ format: $(INSTALLED) ## rewrite the code in the house style
 .PHONY: native
 native: $(INSTALLED) $(NATIVE) ## build the C++ CPU library where its sources changed
 
+# Generated code wants a runtime as new as its generator, so that is the oldest which will do.
+PROTO_BIN := .venv-proto/bin
+
+.PHONY: proto
+proto: $(PROTO_BIN)/installed ## generate qbin_pb2.py anew from qbin.proto
+	$(PROTO_BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. q4jax/formats/qbin.proto
+
+$(PROTO_BIN)/installed:
+	$(PYTHON) -m venv .venv-proto
+	$(PROTO_BIN)/pip install --quiet --no-compile 'grpcio-tools==1.76.*'
+	touch $@
+
 .PHONY: check-wheel
 check-wheel: $(INSTALLED) ## build a wheel, install it into a fresh environment and run it there
 	rm -rf build/wheel build/lib*

@@ -72,12 +72,10 @@ def perplexity(
     PromptError: the text is shorter than two chunks, or an id is outside the vocabulary.
     ConfigError: ctx, chunks or batch out of range.
   """
-  _check_options(model, ctx, chunks, batch)
-  tokens = _tokens(model, text, ctx)
-  total = min(chunks or len(tokens), len(tokens) // ctx)
-  rows = tokens[: total * ctx].reshape(total, ctx).copy()
-  bos = model.tokenizer.encode_parts([], add_eos=False)
-  rows[:, : len(bos)] = bos
+  if batch is not None and batch < 1:
+    raise ConfigError(f"batch is {batch}; expected at least 1, or None.")
+  rows = chunked(model, text, ctx, chunks)
+  total = len(rows)
   batch = min(batch or max(1, _CALL_TOKENS // ctx), total)
   parts = []
   for begin in range(0, total, batch):
@@ -87,6 +85,23 @@ def perplexity(
     if progress is not None:
       progress(min(begin + batch, total), total)
   return _summary(np.concatenate(parts).astype(np.float64), ctx)
+
+
+def chunked(
+  model: Model, text: str | Sequence[int] | np.ndarray, ctx: int, chunks: int | None = None
+) -> np.ndarray:
+  """The chunks that `perplexity` reads, int32[chunks, ctx]; arguments and errors are its own."""
+  limit = model.config.context_length
+  if not 4 <= ctx <= limit:
+    raise ConfigError(f"ctx is {ctx}; expected 4 to {limit}, the context of this model.")
+  if chunks is not None and chunks < 1:
+    raise ConfigError(f"chunks is {chunks}; expected at least 1, or None.")
+  tokens = _tokens(model, text, ctx)
+  total = min(chunks or len(tokens), len(tokens) // ctx)
+  rows = tokens[: total * ctx].reshape(total, ctx).copy()
+  bos = model.tokenizer.encode_parts([], add_eos=False)
+  rows[:, : len(bos)] = bos
+  return rows
 
 
 def token_nll(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -111,15 +126,6 @@ def token_nll(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     )
   model.check_ids(array)
   return _losses(model, array.astype(np.int32), 0)
-
-
-def _check_options(model: Model, ctx: int, chunks: int | None, batch: int | None) -> None:
-  limit = model.config.context_length
-  if not 4 <= ctx <= limit:
-    raise ConfigError(f"ctx is {ctx}; expected 4 to {limit}, the context of this model.")
-  for name, value in (("chunks", chunks), ("batch", batch)):
-    if value is not None and value < 1:
-      raise ConfigError(f"{name} is {value}; expected at least 1, or None.")
 
 
 def _tokens(model: Model, text: str | Sequence[int] | np.ndarray, ctx: int) -> np.ndarray:

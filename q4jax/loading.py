@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from q4jax.errors import ConfigError, FormatError, TokenizerError
 from q4jax.formats.checkpoint import FLOAT_FORMATS, Checkpoint, Tensor, floats
 from q4jax.formats.open import open_checkpoint
+from q4jax.formats.qbin import QbinCheckpoint
 from q4jax.model.layers import Matmul, Quantized, Weight
 from q4jax.model.llama import Llama
 from q4jax.model.model import Model
@@ -43,16 +44,19 @@ def load(
   implementation: str | None = None,
   progress: Progress | None = None,
 ) -> Model:
-  """Loads a Llama (or Qwen 2 / 3) from a GGUF file, a Hugging Face folder, or what q4jax wrote.
+  """Loads a Llama (or Qwen 2 / 3) from a GGUF or .qbin file, or a Hugging Face folder.
 
   Every tensor keeps the type the file gives it; quantised matrices stay quantised (`BlockArray`),
-  and those of Hugging Face's folders are floats, and stay floats.
-  Memory: the model's size plus at most one tensor and 64 MiB while loading.
+  and the floats of Hugging Face's folders stay floats.
+  Memory: the model's size plus at most one tensor and 64 MiB while loading. On a CPU, the matrices
+  of a .qbin are the mapped file itself: nothing is copied, what is used is read when it is, the
+  system may drop it again, and processes share it. The file must then stay as it is while the model
+  lives: replace it by renaming another over it.
 
   Args:
-    model: a path to a .gguf file (any shard of a split one), a .qbin file, a folder with a
-      config.json and .safetensors files, or an .orbax folder; the alias `tiny` (the model that
-      comes with q4jax); `hf://org/repo/file.gguf` or `hf://org/repo`, downloaded once and cached.
+    model: a path to a .gguf file (any shard of a split one), a .qbin, a folder with config.json and
+      .safetensors files, or an .orbax folder; the alias `tiny` (the model that comes with q4jax);
+      `hf://org/repo/file.gguf` or `hf://org/repo`, downloaded once and cached.
     tokenizer: a `tokenizer.json` to use instead of the file's own vocabulary.
     device: where the weights go; the default device if None.
     implementation: of the int4 matmul, by name (`q4jax_kernels.int4_matmul.IMPLEMENTATIONS`): it
@@ -62,23 +66,41 @@ def load(
   Raises:
     q4jax.Q4JaxError: the model cannot be found, read, or run; the message says what to do.
   """
-  device = device or jax.local_devices()[0]
   with open_checkpoint(model) as checkpoint:
-    text = _tokenizer(checkpoint, tokenizer)
-    weights = _Weights(checkpoint, device, implementation, progress)
-    module = Llama(checkpoint.config, weights.make, Matmul(_matmul_dtype(device), implementation))
-    weights.check_all_used()
-    metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("tokenizer.ggml.")}
+    return load_checkpoint(
+      checkpoint,
+      tokenizer=tokenizer,
+      device=device,
+      implementation=implementation,
+      progress=progress,
+    )
+
+
+def load_checkpoint(
+  checkpoint: Checkpoint,
+  *,
+  tokenizer: str | Path | None = None,
+  device: jax.Device | None = None,
+  implementation: str | None = None,
+  progress: Progress | None = None,
+) -> Model:
+  """`load` of an open checkpoint, wherever it lies."""
+  device = device or jax.local_devices()[0]
+  text = _tokenizer(checkpoint.metadata, tokenizer, checkpoint.path)
+  weights = _Weights(checkpoint, device, implementation, progress)
+  module = Llama(checkpoint.config, weights.make, Matmul(_matmul_dtype(device), implementation))
+  weights.check_all_used()
+  metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("tokenizer.ggml.")}
   return Model(module, text, metadata, checkpoint.path)
 
 
-def _tokenizer(checkpoint: Checkpoint, external: str | Path | None) -> Tokenizer:
+def _tokenizer(metadata: Mapping[str, Any], external: str | Path | None, path: str) -> Tokenizer:
   if external is not None:
     return Tokenizer.from_tokenizer_json(external)
   try:
-    return Tokenizer.from_gguf_metadata(checkpoint.metadata)
+    return Tokenizer.from_gguf_metadata(metadata)
   except TokenizerError as error:
-    raise TokenizerError(f"{checkpoint.path}: {error}") from None
+    raise TokenizerError(f"{path}: {error}") from None
 
 
 def _matmul_dtype(device: jax.Device) -> jnp.dtype:
@@ -111,7 +133,7 @@ class _Weights:
     if len(shape) == 1:
       value = self._vector(tensor)
     elif self.layout == "x16":
-      value = self._tiles(tensor)
+      value = self._mapped(tensor) or self._tiles(tensor)
     else:
       value = self._rows(tensor)
     if self.implementation is not None and isinstance(value, Quantized):
@@ -173,6 +195,15 @@ class _Weights:
     jax.block_until_ready(value)
     self.source.release(tensor.name)
     return value
+
+  def _mapped(self, tensor: Tensor) -> BlockArray | None:
+    """The tiles of a file that has them, where they lie in it; None if it does not."""
+    source = self.source
+    if not isinstance(source, QbinCheckpoint) or source.places[tensor.name].layout != "x16":
+      return None
+    # On pages of their own, so aligned: JAX takes the mapped memory as it is, and keeps it mapped.
+    data = jax.device_put(source.stored(tensor.name), self.device)
+    return BlockArray(data, tensor.format, tensor.num_rows, "x16")
 
   def _tiles(self, tensor: Tensor) -> BlockArray:
     tiles = -(-tensor.num_rows // ROWS)

@@ -114,6 +114,11 @@ def loads(text: str | bytes, path: str) -> tuple[list[Record], dict[str, Any]]:
     document = json.loads(text, parse_constant=_refuse_constant)
   except (ValueError, RecursionError) as error:  # Bad UTF-8 is a ValueError too.
     raise FormatError(f"{path}: this is not JSON: {error}. Calibrate again.") from None
+  return parse(document, path), document["about"]
+
+
+def parse(document: Any, path: str) -> list[Record]:
+  """The records of a document of JSON's types; raises as `loads` does."""
   validate(document, path)
   records = []
   seen: set[tuple[str, str]] = set()
@@ -124,7 +129,7 @@ def loads(text: str | bytes, path: str) -> tuple[list[Record], dict[str, Any]]:
       raise FormatError(f"{place}: there is a second record of the same; keep one.")
     seen.add(record.key)
     records.append(record)
-  return records, document["about"]
+  return records
 
 
 def validate(document: Any, path: str) -> None:

@@ -163,3 +163,16 @@ def interleave_tile(rows: np.ndarray, format: str, out: np.ndarray) -> None:
     part = blocks[:, :, offset : offset + size].reshape(ROWS, -1, size // word, word)
     view[:, ROWS * at : ROWS * (at + size)] = part.transpose(1, 2, 0, 3).reshape(len(view), -1)
     at += size
+
+
+def separate_tile(tile: np.ndarray, format: str, out: np.ndarray) -> None:
+  """The inverse of `interleave_tile`: an x16 tile into its 16 rows, out (uint8[16, row_bytes])."""
+  if tile.flags.c_contiguous and ffi.interleave(tile, out, PIECES[format], reverse=True):
+    return
+  _, block_bytes = block_shape(format)
+  blocks, at = out.reshape(ROWS, -1, block_bytes), 0
+  view = tile.reshape(-1, ROWS * block_bytes)
+  for offset, size, word in PIECES[format]:
+    part = view[:, ROWS * at : ROWS * (at + size)].reshape(len(view), size // word, ROWS, word)
+    blocks[:, :, offset : offset + size] = part.transpose(2, 0, 1, 3).reshape(ROWS, -1, size)
+    at += size

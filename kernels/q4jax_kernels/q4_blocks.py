@@ -13,13 +13,16 @@ from q4jax_kernels.q4_array import Q4Array, namespace, pack_pairs
 from q4jax_kernels.q4_formats import Q4_FORMATS, Q4Format
 
 
-def to_blocks(w: Q4Array) -> BlockArray:
+def to_blocks(w: Q4Array, wide: bool = False) -> BlockArray:
   """In layout rows. Not under jit: whether float16 holds the scales is a question of their values.
+
+  Args:
+    wide: float32 scales even where float16 would hold them.
 
   Raises:
     NotImplementedError: K is not a multiple of 32, or the group not of 8.
   """
-  form = _format(w.validated())
+  form = _format(w.validated(), wide)
   xp, (n, k) = namespace(w.packed), w.shape
   groups = k // form.group
 
@@ -54,19 +57,26 @@ def from_blocks(w: BlockArray, like: Q4Array | None = None) -> Q4Array:
   return Q4Array(packed, gather(scale), None if minimum is None else gather(minimum))
 
 
-def _format(w: Q4Array) -> Q4Format:
-  k, group = w.shape[1], w.group_size
+def longest_group(k: int, group: int) -> int:
+  """The longest group of a block that divides both an array's group and the block: 8..256.
+
+  Raises:
+    NotImplementedError: K is not a multiple of 32, or the group not of 8.
+  """
   if k % 32 or group % 8:
     raise NotImplementedError(
-      f"blocks need K a multiple of 32 and groups of a multiple of 8; this Q4Array has K={k} and "
+      f"blocks need K a multiple of 32 and groups of a multiple of 8; this matrix has K={k} and "
       f"group_size={group}."
     )
-  # The longest group of a block that divides both the array's group and the block.
   in_block = math.gcd(group, 256)
-  in_block = in_block if in_block >= 64 and k % 256 == 0 else math.gcd(group, 32)
+  return in_block if in_block >= 64 and k % 256 == 0 else math.gcd(group, 32)
+
+
+def _format(w: Q4Array, wide: bool) -> Q4Format:
+  group = longest_group(w.shape[1], w.group_size)
   factors = [w.scale] if w.minimum is None else [w.scale, w.minimum]
-  wide = not all(_float16_holds(np.asarray(f)) for f in factors)
-  return Q4Format(in_block, w.minimum is None, wide)
+  wide = wide or not all(_float16_holds(np.asarray(f)) for f in factors)
+  return Q4Format(group, w.minimum is None, wide)
 
 
 def _float16_holds(x: np.ndarray) -> bool:

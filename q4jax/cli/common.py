@@ -81,6 +81,16 @@ def define_engine(flags: absl_flags.FlagValues, pool: bool = True) -> None:
     kv.define_pool(flags)
 
 
+def define_text(flags: absl_flags.FlagValues, help: str) -> None:
+  """--text, and how much of it is taken: --ctx, --sequences, --seed."""
+  absl_flags.DEFINE_string("text", None, help, flag_values=flags)
+  absl_flags.DEFINE_integer("ctx", 512, "Tokens in a sequence.", 2, flag_values=flags)
+  absl_flags.DEFINE_integer(
+    "sequences", 128, "Sequences, drawn from all over the text.", 1, flag_values=flags
+  )
+  absl_flags.DEFINE_integer("seed", 0, "Of the draw.", 0, flag_values=flags)
+
+
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -171,6 +181,12 @@ def watched(flags: absl_flags.FlagValues) -> bool:
   return sys.stderr.isatty() and not flags.json
 
 
+def check_out(out: Path, force: bool) -> None:
+  """Raises ConfigError where something is called `out` already and is not to be replaced."""
+  if out.exists() and not force:
+    raise ConfigError(f"{out} exists; give another name, or --force to replace it.")
+
+
 def read_text(path: str) -> str:
   """A UTF-8 file as it is, line ends included; "-" is standard input.
 
@@ -181,10 +197,10 @@ def read_text(path: str) -> str:
     data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
     return data.decode()
   except OSError as error:
-    raise ConfigError(f"--file={path} cannot be read: {error.strerror}.") from None
+    raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
   except UnicodeDecodeError as error:
     raise ConfigError(
-      f"--file={path} is not UTF-8 (byte {error.start}); convert it, for example with iconv."
+      f"{path} is not UTF-8 (byte {error.start}); convert it, for example with iconv."
     ) from None
 
 

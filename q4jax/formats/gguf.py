@@ -9,9 +9,7 @@ metadata is the first shard's, which has all of it; another may repeat or add a 
 """
 
 import mmap
-import os
 import re
-import stat
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import numpy as np
 from q4jax.errors import FormatError
 from q4jax.formats.gguf_header import DAMAGED, FIXED_BYTES, Header, parse_header
 from q4jax.formats.gguf_types import TensorInfo
+from q4jax.formats.mapped import map_file, release
 
 _SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<no>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 # Keys that a shard says of itself.
@@ -85,8 +84,7 @@ class GGUFFile:
 
     Views stay valid: a page touched again, here or in a neighbour that shares it, is read again.
     """
-    start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-    self._map(info).madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+    release(self._map(info), info.offset, info.nbytes)
 
   def close(self) -> None:
     """Closes the files; a mapping lives on while views of it do."""
@@ -120,7 +118,7 @@ class _Shard:
 
   @classmethod
   def open(cls, path: Path, undo: ExitStack) -> Self:
-    mapping = undo.enter_context(_map_file(path))
+    mapping = undo.enter_context(map_file(path, FIXED_BYTES))
     return cls(path, mapping, parse_header(mapping, path))
 
   def number(self, key: str) -> int:
@@ -130,26 +128,6 @@ class _Shard:
       found = value if type(value) is int else f"of type {type(value).__name__}"
       raise FormatError(f"{self.path}: {key} is {found}; expected an integer >= 0. {DAMAGED}")
     return value
-
-
-def _map_file(path: Path) -> mmap.mmap:
-  try:
-    # Opening a pipe would wait for its writer, so look first.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-      raise FormatError(f"{path}: this is not a regular file; name the .gguf file itself.")
-    with path.open("rb") as file:
-      size = os.fstat(file.fileno()).st_size
-      if size < FIXED_BYTES:
-        raise FormatError(
-          f"{path}: the file is {size} bytes long, and a GGUF file has {FIXED_BYTES} or more. The "
-          "download was cut short or has not begun: download it again."
-        )
-      return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-  except (OSError, ValueError) as error:  # ValueError: a path with a null byte.
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    raise FormatError(
-      f"{path}: the file cannot be opened: {reason}. Check the path and its permissions."
-    ) from None
 
 
 def _shard_paths(shard: _Shard) -> list[Path]:

@@ -37,7 +37,7 @@ def resolve(name: str) -> Path:
 
 def _download(name: str) -> Path:
   parts = name.removeprefix("hf://").split("/")
-  is_file = parts[-1].endswith(".gguf")
+  is_file = parts[-1].endswith((".gguf", ".qbin"))
   if not all(parts) or (len(parts) < 3 if is_file else len(parts) != 2):
     raise ConfigError(
       f"'{name}' is no hub address; expected hf://org/repo/path/to/file.gguf, or hf://org/repo for "

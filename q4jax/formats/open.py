@@ -12,9 +12,17 @@ from q4jax.formats.gguf_checkpoint import GGUFCheckpoint
 from q4jax.formats.gguf_sink import GGUFSink
 from q4jax.formats.hub import resolve
 from q4jax.formats.orbax_checkpoint import OrbaxCheckpoint, OrbaxSink
+from q4jax.formats.qbin import QbinCheckpoint
+from q4jax.formats.qbin_header import MAGIC
+from q4jax.formats.qbin_sink import QbinSink
 from q4jax.formats.safetensors import SafetensorsCheckpoint
 
-SINKS = (".gguf", ".qbin", ".orbax")
+# The suffixes that can be written, and what each sink can be told besides the model.
+SINKS: dict[str, set[str]] = {
+  ".gguf": {"types", "file_type"},
+  ".qbin": {"layout", "records", "types"},
+  ".orbax": set(),
+}
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -34,9 +42,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
   path = resolve(str(model))
   if path.is_dir():
     return _open_folder(path)
-  if path.suffix == ".qbin":
-    from q4jax.formats.qbin import QbinCheckpoint
-
+  if path.suffix == ".qbin" or _begins(path) == MAGIC:
     return QbinCheckpoint.open(path)
   if path.name in (hf_folder.CONFIG, hf_folder.INDEX) or path.suffix == ".safetensors":
     return SafetensorsCheckpoint.open(path.parent)
@@ -66,19 +72,20 @@ def open_sink(
   """Opens a model for writing, in the format that the suffix of `path` says (`SINKS`).
 
   Args:
-    options: of the format: see `GGUFSink` (types, file_type) and `QbinSink` (layout, records).
+    options: of the format: see `GGUFSink` (types, file_type) and `QbinSink` (layout, records,
+      types).
 
   Raises:
     ConfigError: another suffix, an option that the format does not have, or a tensor that it cannot
       hold.
   """
   suffix = Path(path).suffix
-  allowed = {".gguf": {"types", "file_type"}, ".qbin": {"layout", "records"}}.get(suffix, set())
   if suffix not in SINKS:
     raise ConfigError(
       f"{path}: the name ends in '{suffix}', which is no format that q4jax writes. End it in "
       f"{', '.join(SINKS)}."
     )
+  allowed = SINKS[suffix]
   if surplus := options.keys() - allowed:
     raise ConfigError(
       f"{path}: a {suffix} file has no option {min(surplus)!r}; it has "
@@ -88,6 +95,15 @@ def open_sink(
     return GGUFSink(path, config, metadata, tensors, **options)
   if suffix == ".orbax":
     return OrbaxSink(path, config, metadata, tensors)
-  from q4jax.formats.qbin import QbinSink
-
   return QbinSink(path, config, metadata, tensors, **options)
+
+
+def _begins(path: Path) -> bytes:
+  """The first bytes of a regular file; none where it cannot be read, which opening it explains."""
+  try:
+    if not path.is_file():
+      return b""
+    with path.open("rb") as file:
+      return file.read(len(MAGIC))
+  except (OSError, ValueError):
+    return b""

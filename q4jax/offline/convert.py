@@ -11,6 +11,7 @@ from q4jax.formats.checkpoint import Checkpoint, Tensor
 from q4jax.formats.group_blocks import ggml_format
 from q4jax.formats.hub import resolve
 from q4jax.formats.open import open_checkpoint, open_sink
+from q4jax.formats.qbin import QbinCheckpoint
 
 
 class Progress(Protocol):
@@ -105,9 +106,12 @@ def _options(model: Checkpoint, out: Path, layout: str | None) -> Mapping[str, A
   """What the sink is told besides the tensors."""
   if layout is not None and out.suffix != ".qbin":
     raise ConfigError(f"--layout={layout} is of .qbin files, and {out} will be none.")
-  if out.suffix == ".gguf":
-    return {"types": getattr(model, "value_types", None)}  # Only GGUF's own checkpoints have them.
-  return {} if layout is None else {"layout": layout}
+  options: dict[str, Any] = {}
+  if out.suffix in (".gguf", ".qbin"):
+    options["types"] = getattr(model, "value_types", None)  # Some sources have none.
+  if out.suffix == ".qbin":
+    options["records"] = model.records() if isinstance(model, QbinCheckpoint) else ()
+  return options if layout is None else options | {"layout": layout}
 
 
 def _stored_as(tensors: list[Tensor], out: Path) -> dict[str, str]:

@@ -1,27 +1,23 @@
 """`q4jax convert`: from every format to every other, and what it refuses."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 import gguf_model
 import hf_model
 from oracles import models
 from oracles.models import SPECS
+from q4jax.formats.qbin import QbinCheckpoint
+from q4jax.formats.qbin_sink import set_records
+from q4jax.records import Record
 
 from .conftest import Run, finished, start
 from .hub_stand_in import Hub, serve
-
-HAS_QBIN = importlib.util.find_spec("q4jax.formats.qbin") is not None
-MIDDLES = [
-  "gguf",
-  "orbax",
-  pytest.param("qbin", marks=pytest.mark.skipif(not HAS_QBIN, reason="no .qbin yet")),
-]
 
 
 @pytest.fixture
@@ -42,7 +38,11 @@ def metadata(path: Path) -> dict:
   return {f.name: f.contents() for f in fields if not f.name.startswith("GGUF.")}
 
 
-@pytest.mark.parametrize("middle", MIDDLES)
+def types(path: Path) -> dict:
+  return {field.name: field.types for field in gguf.GGUFReader(path).fields.values()}
+
+
+@pytest.mark.parametrize("middle", ["gguf", "qbin", "orbax"])
 def test_there_and_back(middle: str, q4jax: Run, source: Path, tmp_path: Path) -> None:
   there, back = tmp_path / f"there.{middle}", tmp_path / "back.gguf"
   result = q4jax("convert", source, there)
@@ -51,6 +51,8 @@ def test_there_and_back(middle: str, q4jax: Run, source: Path, tmp_path: Path) -
   result = q4jax("convert", there, back, "--json")
   assert result.code == 0 and result.err == ""
   assert tensors(back) == tensors(source)
+  if middle != "orbax":  # It keeps the values; whole numbers become UINT32.
+    assert types(back) == types(source)
   assert metadata(back) == metadata(source)
   about = json.loads(result.out)
   assert about == {
@@ -62,6 +64,21 @@ def test_there_and_back(middle: str, q4jax: Run, source: Path, tmp_path: Path) -
     "out_bytes": back.stat().st_size,
     "stored_as": {},
   }
+
+
+@pytest.mark.parametrize("layout", ["rows", "x16"])
+def test_layouts_and_records_of_qbin(layout: str, q4jax: Run, source: Path, tmp_path: Path) -> None:
+  a, b = tmp_path / "a.qbin", tmp_path / "b.qbin"
+  assert q4jax("convert", source, a, f"--layout={layout}").code == 0
+  record = Record(
+    "blk.0.ffn_up", "input", "int8", None, 0, "minmax", np.float32([0.5]), np.int32([0])
+  )
+  set_records(a, [record])
+  assert q4jax("convert", a, b, f"--layout={layout}").code == 0
+  assert a.read_bytes() == b.read_bytes()
+  with QbinCheckpoint.open(b) as model:
+    assert model.places["token_embd.weight"].layout == layout
+    assert [found.layer_name for found in model.records()] == ["blk.0.ffn_up"]
 
 
 def test_split_models_become_whole(q4jax: Run, tmp_path: Path) -> None:

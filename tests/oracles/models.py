@@ -74,6 +74,18 @@ SPECS = {
 FLOAT_SPECS = [spec for spec in SPECS.values() if spec.type == "f32"]
 QUANTISED_SPECS = [spec for spec in SPECS.values() if spec.type != "f32"]
 
+# Shapes on which llama.cpp's mixes of types depend.
+MIX_SPECS = {
+  spec.name: spec
+  for spec in (
+    Spec("tied", layers=4, kv_heads=2, tied=True),
+    Spec("untied", layers=20),
+    Spec("70b", layers=80),
+    Spec("narrow", layers=3, d_model=96, d_ffn=80, heads=3, kv_heads=3, head_dim=32),
+    Spec("qwen2", "qwen2", layers=9),
+  )
+}
+
 
 def prompt(spec: Spec, tokens: int = PROMPT_TOKENS) -> np.ndarray:
   """int32[tokens]: BOS and then the same random ids every time."""
