@@ -13,7 +13,6 @@ import numpy as np
 
 from q4jax.errors import ConfigError, FormatError, TokenizerError
 from q4jax.formats.checkpoint import FLOAT_FORMATS, Checkpoint, Tensor, floats
-from q4jax.formats.hub import resolve
 from q4jax.formats.open import open_checkpoint
 from q4jax.formats.qbin import QbinCheckpoint
 from q4jax.model.layers import Matmul, Quantized, Weight
@@ -45,17 +44,19 @@ def load(
   implementation: str | None = None,
   progress: Progress | None = None,
 ) -> Model:
-  """Loads a Llama (or Qwen 2 / 3) from a GGUF or .qbin file.
+  """Loads a Llama (or Qwen 2 / 3) from a GGUF or .qbin file, or a Hugging Face folder.
 
-  Every tensor keeps the type the file gives it; quantised matrices stay quantised (`BlockArray`).
+  Every tensor keeps the type the file gives it; quantised matrices stay quantised (`BlockArray`),
+  and the floats of Hugging Face's folders stay floats.
   Memory: the model's size plus at most one tensor and 64 MiB while loading. On a CPU, the matrices
   of a .qbin are the mapped file itself: nothing is copied, what is used is read when it is, the
   system may drop it again, and processes share it. The file must then stay as it is while the model
   lives: replace it by renaming another over it.
 
   Args:
-    model: a path to a .gguf file (any shard of a split one) or a .qbin, the alias `tiny` (the model
-      that comes with q4jax), or `hf://org/repo/file.gguf`, downloaded once and cached.
+    model: a path to a .gguf file (any shard of a split one), a .qbin, a folder with config.json and
+      .safetensors files, or an .orbax folder; the alias `tiny` (the model that comes with q4jax);
+      `hf://org/repo/file.gguf` or `hf://org/repo`, downloaded once and cached.
     tokenizer: a `tokenizer.json` to use instead of the file's own vocabulary.
     device: where the weights go; the default device if None.
     implementation: of the int4 matmul, by name (`q4jax_kernels.int4_matmul.IMPLEMENTATIONS`): it
@@ -65,7 +66,7 @@ def load(
   Raises:
     q4jax.Q4JaxError: the model cannot be found, read, or run; the message says what to do.
   """
-  with open_checkpoint(resolve(str(model))) as checkpoint:
+  with open_checkpoint(model) as checkpoint:
     return load_checkpoint(
       checkpoint,
       tokenizer=tokenizer,

@@ -360,4 +360,4 @@ def test_the_public_name_is_the_function_whatever_was_imported_before(tmp_path: 
 
 def test_no_file(tmp_path: Path) -> None:
   assert "No such file" in refusal(tmp_path / "absent.gguf")
-  assert "not a regular file" in refusal(tmp_path)
+  assert "neither config.json" in refusal(tmp_path)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from absl import app, flags
 from numpy.typing import NDArray
@@ -19,19 +18,13 @@ from tokenizers import Tokenizer
 
 from experiments.tiny import checkpoint, tokenizer
 from q4jax.config import LlamaConfig
+from q4jax.formats.checkpoint import Tensor
+from q4jax.formats.gguf_sink import GGUFSink
 from q4jax.quant import kquants
 
 MAX_BYTES = 8_000_000
+_F16, _Q4_K_M = 1, 15  # llama.h: enum llama_ftype.
 Array = NDArray[Any]
-
-
-def interleave(rows: Array, head_dim: int) -> Array:
-  """Rows of Q or K from half-split RoPE to the interleaved order of arch `llama` in GGUF.
-
-  In each head, row 2i of the result is row i, and row 2i + 1 is row i + head_dim / 2.
-  """
-  split = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
-  return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def q4_k_m_format(name: str, layers: int) -> str:
@@ -59,56 +52,66 @@ def export(
     quantized: Q4_K_M; else matrices stay float16.
     about: general.* strings by key, and the training record.
   """
-  writer = gguf.GGUFWriter(path, config.architecture)
-  for key, text in about.items():
-    writer.add_string(key, text)
-  kind = gguf.LlamaFileType.MOSTLY_Q4_K_M if quantized else gguf.LlamaFileType.MOSTLY_F16
-  writer.add_file_type(kind)
-  writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-  _add_config(writer, config)
-  _add_vocabulary(writer, vocabulary)
-  for name, value in params.items():
-    if name.endswith(("attn_q.weight", "attn_k.weight")):
-      value = interleave(value, config.head_dim)
-    if value.ndim == 1:
-      writer.add_tensor(name, value.astype(np.float32))
-    elif quantized:
-      format = q4_k_m_format(name, config.num_layers)
-      blocks = kquants.quantize(value.astype(np.float32), format)
-      writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[format.upper()])
-    else:
-      writer.add_tensor(name, value.astype(np.float16))
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
+  formats = {name: _format(name, value, config, quantized) for name, value in params.items()}
+  tensors = [Tensor(name, value.shape, formats[name]) for name, value in params.items()]
+  metadata = {
+    "general.architecture": config.architecture,
+    **about,
+    "general.file_type": _Q4_K_M if quantized else _F16,
+    "general.quantization_version": 2,  # ggml.h: GGML_QNT_VERSION
+    **_config(config),
+    **_vocabulary(vocabulary),
+  }
+  with GGUFSink(path, config, metadata, tensors) as sink:
+    for tensor in tensors:
+      sink.write(tensor, _rows(params[tensor.name], tensor.format))
 
 
-def _add_config(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
-  writer.add_vocab_size(config.vocab_size)
-  writer.add_context_length(config.context_length)
-  writer.add_embedding_length(config.d_model)
-  writer.add_block_count(config.num_layers)
-  writer.add_feed_forward_length(config.d_ffn)
-  writer.add_head_count(config.num_heads)
-  writer.add_head_count_kv(config.num_kv_heads)
-  writer.add_key_length(config.head_dim)
-  writer.add_value_length(config.head_dim)
-  writer.add_rope_dimension_count(config.head_dim)
-  writer.add_rope_freq_base(config.rope_theta)
-  writer.add_layer_norm_rms_eps(config.norm_eps)
+def _format(name: str, value: Array, config: LlamaConfig, quantized: bool) -> str:
+  if value.ndim == 1:
+    return "f32"
+  return q4_k_m_format(name, config.num_layers) if quantized else "f16"
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: tokenizer.GGUFVocabulary) -> None:
-  writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre(tokenizer.PRE)
-  writer.add_token_list(vocabulary.tokens)
-  writer.add_token_types(vocabulary.types)
-  writer.add_token_merges(vocabulary.merges)
-  writer.add_bos_token_id(tokenizer.BOS_ID)
-  writer.add_eos_token_id(tokenizer.EOS_ID)
-  writer.add_add_bos_token(True)
-  writer.add_add_eos_token(False)
+def _rows(value: Array, format: str) -> NDArray[np.uint8]:
+  """The rows of a parameter in one of the formats above."""
+  if format not in ("f32", "f16"):
+    return kquants.quantize(value.astype(np.float32), format)
+  floats = np.ascontiguousarray(value, np.float32 if format == "f32" else np.float16)
+  return np.atleast_2d(floats).view(np.uint8)
+
+
+def _config(config: LlamaConfig) -> dict[str, Any]:
+  values = {
+    "vocab_size": config.vocab_size,
+    "context_length": config.context_length,
+    "embedding_length": config.d_model,
+    "block_count": config.num_layers,
+    "feed_forward_length": config.d_ffn,
+    "attention.head_count": config.num_heads,
+    "attention.head_count_kv": config.num_kv_heads,
+    "attention.key_length": config.head_dim,
+    "attention.value_length": config.head_dim,
+    "rope.dimension_count": config.head_dim,
+    "rope.freq_base": float(config.rope_theta),
+    "attention.layer_norm_rms_epsilon": config.norm_eps,
+  }
+  return {f"{config.architecture}.{key}": value for key, value in values.items()}
+
+
+def _vocabulary(vocabulary: tokenizer.GGUFVocabulary) -> dict[str, Any]:
+  values = {
+    "model": "gpt2",
+    "pre": tokenizer.PRE,
+    "tokens": vocabulary.tokens,
+    "token_type": vocabulary.types,
+    "merges": vocabulary.merges,
+    "bos_token_id": tokenizer.BOS_ID,
+    "eos_token_id": tokenizer.EOS_ID,
+    "add_bos_token": True,
+    "add_eos_token": False,
+  }
+  return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
 
 
 def about(record: Mapping[str, Any], corpus: Mapping[str, Any], quantized: bool) -> dict[str, str]:

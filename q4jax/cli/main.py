@@ -22,6 +22,7 @@ COMMANDS = {
   "chat": "talk with a model",
   "perplexity": "how well a model predicts a text, as llama.cpp measures it",
   "bench": "speed of prefill and decode, in llama-bench's records",
+  "convert": "a model from one format to another, its weights as they are",
   "demo": "the model that comes with q4jax writes a few lines",
 }
 
@@ -33,8 +34,8 @@ usage: q4jax COMMAND [MODEL] [--flag=value ...]
 commands:
 {commands}
 
-MODEL is the path of a .gguf file, hf://org/repo/file.gguf (downloaded once), or tiny (the model
-that comes with q4jax). Start here:
+MODEL is the path of a .gguf or .qbin file or of a Hugging Face folder; hf://org/repo/file.gguf or
+hf://org/repo (downloaded once); or tiny (the model that comes with q4jax). Start here:
 
   q4jax demo
   q4jax generate tiny --prompt="The built-in function" --temperature=0

@@ -7,6 +7,7 @@ order of memory (see rope_rows): code above this line meets one convention.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
 import jax
@@ -100,7 +101,13 @@ class Sink(Protocol):
 
   def __enter__(self) -> Self: ...
 
-  def __exit__(self, *error: object) -> None: ...
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+    /,
+  ) -> None: ...
 
 
 def floats(

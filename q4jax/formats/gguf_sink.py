@@ -14,7 +14,7 @@ from q4jax.config import LlamaConfig
 from q4jax.errors import ConfigError
 from q4jax.formats.checkpoint import Bytes, Tensor
 from q4jax.formats.gguf_header import ALIGNMENTS, DEFAULT_ALIGNMENT
-from q4jax.formats.gguf_types import SCALARS, TENSOR_TYPES
+from q4jax.formats.gguf_types import SCALARS, TENSOR_TYPES, holds
 from q4jax.formats.group_blocks import as_ggml_blocks, ggml_format
 from q4jax.formats.rope_rows import memory_rows
 from q4jax.formats.whole_sink import WholeSink
@@ -39,7 +39,8 @@ class GGUFSink(WholeSink):
       these hold the very same weights; see `ggml_format`.
     types: the GGUF type of a key's value by its number, where the source had one
       (`GGUFCheckpoint.value_types`); other numbers become UINT32 or FLOAT32, as llama.cpp expects,
-      if they fit.
+      if they
+      fit; those of the architecture are rounded to FLOAT32.
     file_type: what `general.file_type` is to say, e.g. "q4_k_m"; None keeps that of `metadata`.
   """
 
@@ -59,6 +60,10 @@ class GGUFSink(WholeSink):
     }
     self._types = types or {}
     self._metadata = {k: v for k, v in metadata.items() if not k.startswith("split.")}
+    own = f"{config.architecture}."
+    for key, value in self._metadata.items():
+      if key.startswith(own) and isinstance(value, float) and key not in self._types:
+        self._metadata[key] = float(np.float32(value))  # llama.cpp refuses these as FLOAT64.
     if file_type is not None:
       self._metadata["general.file_type"] = _file_type(file_type)
     quantised = any(block_shape(tensor.format)[0] > 1 for tensor in self._stored.values())
@@ -139,12 +144,7 @@ def _typed(
     return T.BOOL, None, value
   if isinstance(value, str):
     return T.STRING, None, value
-  if (
-    known in SCALARS
-    and known != T.BOOL
-    and isinstance(value, int | float)
-    and _holds(SCALARS[known], value)
-  ):
+  if known in SCALARS and holds(SCALARS[known], value):
     return T(known), None, value
   return _number_type(key, [value], (T.UINT32, T.INT32, T.UINT64, T.INT64)), None, value
 
@@ -173,14 +173,6 @@ def _number_type(
   else:
     candidates = ()
   for kind in candidates:
-    if all(_holds(SCALARS[kind], value) for value in values):
+    if all(holds(SCALARS[kind], value) for value in values):
       return kind
   raise ConfigError(f"{key} is {values!r:.80}, which no type of GGUF holds.")
-
-
-def _holds(dtype: np.dtype, value: float) -> bool:
-  """Whether a number keeps its value in this type."""
-  if dtype.kind == "f":
-    with np.errstate(over="ignore"):
-      return value != value or float(dtype.type(value)) == value
-  return isinstance(value, int) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max

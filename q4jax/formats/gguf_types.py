@@ -91,6 +91,17 @@ SCALARS: dict[int, np.dtype] = {
 }
 
 
+def holds(dtype: np.dtype, value: object) -> bool:
+  """Whether a number keeps its value in a type of `SCALARS`; False of all else, bools included."""
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return False
+  if dtype.kind == "f":
+    with np.errstate(over="ignore"):
+      return value != value or float(dtype.type(value)) == value
+  integer = isinstance(value, int) and dtype.kind in "iu"
+  return integer and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
+
+
 @dataclass(frozen=True)
 class TensorInfo:
   """Where a tensor lies and what its bytes mean.

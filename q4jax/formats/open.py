@@ -1,23 +1,101 @@
-"""Opens a model in whichever format it is."""
+"""Opens a model of any format for reading or writing: the one place that knows them all."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from q4jax.formats.checkpoint import Checkpoint
+from q4jax.config import LlamaConfig
+from q4jax.errors import ConfigError, FormatError
+from q4jax.formats import hf_folder, orbax_checkpoint
+from q4jax.formats.checkpoint import Checkpoint, Sink, Tensor
 from q4jax.formats.gguf_checkpoint import GGUFCheckpoint
+from q4jax.formats.gguf_sink import GGUFSink
+from q4jax.formats.hub import resolve
+from q4jax.formats.orbax_checkpoint import OrbaxCheckpoint, OrbaxSink
 from q4jax.formats.qbin import QbinCheckpoint
 from q4jax.formats.qbin_header import MAGIC
+from q4jax.formats.qbin_sink import QbinSink
+from q4jax.formats.safetensors import SafetensorsCheckpoint
+
+# The suffixes that can be written, and what each sink can be told besides the model.
+SINKS: dict[str, set[str]] = {
+  ".gguf": {"types", "file_type"},
+  ".qbin": {"layout", "records", "types"},
+  ".orbax": set(),
+}
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-  """Opens a model; what a file is, its first bytes say, and where they do not, its name.
+def open_checkpoint(model: str | Path) -> Checkpoint:
+  """Opens a model for reading.
+
+  Args:
+    model: a .gguf file (any shard of a split one), a .qbin file, a Hugging Face model folder (or
+      its config.json, index or .safetensors file), a folder that `open_sink` wrote as .orbax, the
+      alias `tiny`, or a name on the hub (`hf://org/repo`, `hf://org/repo/file.gguf`), downloaded
+      first.
 
   Raises:
-    FormatError: it cannot be read, or is in no format that we know.
+    ConfigError, DownloadError: the model cannot be found.
+    FormatError: it is of no known format, cannot be read, or holds no model that q4jax runs.
+    TokenizerError: a tokenizer.json does what GGUF's metadata cannot say.
   """
-  path = Path(path)
+  path = resolve(str(model))
+  if path.is_dir():
+    return _open_folder(path)
   if path.suffix == ".qbin" or _begins(path) == MAGIC:
     return QbinCheckpoint.open(path)
+  if path.name in (hf_folder.CONFIG, hf_folder.INDEX) or path.suffix == ".safetensors":
+    return SafetensorsCheckpoint.open(path.parent)
   return GGUFCheckpoint.open(path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+  if (path / orbax_checkpoint.ABOUT).exists():
+    return OrbaxCheckpoint.open(path)
+  if (path / hf_folder.CONFIG).exists():
+    return SafetensorsCheckpoint.open(path)
+  files = sorted(file.name for file in path.glob("*.gguf"))
+  raise FormatError(
+    f"{path}: the folder has neither {hf_folder.CONFIG} (Hugging Face) nor "
+    f"{orbax_checkpoint.ABOUT} (q4jax's orbax checkpoints)."
+    + (f" Name a file in it: {', '.join(files[:3])}." if files else " Is it a model's?")
+  )
+
+
+def open_sink(
+  path: str | Path,
+  config: LlamaConfig,
+  metadata: Mapping[str, Any],
+  tensors: Sequence[Tensor],
+  **options: Any,
+) -> Sink:
+  """Opens a model for writing, in the format that the suffix of `path` says (`SINKS`).
+
+  Args:
+    options: of the format: see `GGUFSink` (types, file_type) and `QbinSink` (layout, records,
+      types).
+
+  Raises:
+    ConfigError: another suffix, an option that the format does not have, or a tensor that it cannot
+      hold.
+  """
+  suffix = Path(path).suffix
+  if suffix not in SINKS:
+    raise ConfigError(
+      f"{path}: the name ends in '{suffix}', which is no format that q4jax writes. End it in "
+      f"{', '.join(SINKS)}."
+    )
+  allowed = SINKS[suffix]
+  if surplus := options.keys() - allowed:
+    raise ConfigError(
+      f"{path}: a {suffix} file has no option {min(surplus)!r}; it has "
+      f"{', '.join(sorted(allowed)) or 'none'}."
+    )
+  if suffix == ".gguf":
+    return GGUFSink(path, config, metadata, tensors, **options)
+  if suffix == ".orbax":
+    return OrbaxSink(path, config, metadata, tensors)
+  return QbinSink(path, config, metadata, tensors, **options)
 
 
 def _begins(path: Path) -> bytes:

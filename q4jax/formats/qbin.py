@@ -28,6 +28,7 @@ class QbinCheckpoint:
   Attributes:
     head: what the file says before its tensors.
     places: where each tensor lies, by name.
+    value_types: the GGUF type of each single value of `metadata`; see `GGUFCheckpoint`.
   """
 
   def __init__(self, mapping: mmap, path: str):
@@ -36,6 +37,7 @@ class QbinCheckpoint:
     self.places: Mapping[str, Stored] = qbin_header.places(self.head, len(mapping), path)
     entries = self.head.header.metadata
     self.metadata: Mapping[str, Any] = qbin_values.unpack_metadata(entries, path)
+    self.value_types: Mapping[str, int] = qbin_values.value_types(entries)
     self.tensors: Mapping[str, Tensor] = {n: stored.tensor for n, stored in self.places.items()}
     self.config = config_lib.from_gguf(self.metadata, frozenset(self.tensors), path)
 

@@ -41,6 +41,7 @@ class QbinSink:
     tensors: all that will be written.
     layout: of matrices: "x16" for the CPU's kernels, which then read the file itself, or "rows".
     records: calibration that travels with the model.
+    types: see `pack_metadata`.
 
   Raises:
     ConfigError: an argument that cannot be written or read back; it names it.
@@ -55,13 +56,14 @@ class QbinSink:
     *,
     layout: str = "x16",
     records: Iterable[Record] = (),
+    types: Mapping[str, int] | None = None,
   ):
     if layout not in LAYOUTS:
       raise ConfigError(
         f"layout '{layout}' of a .qbin is unknown; expected {' or '.join(LAYOUTS)}."
       )
     self.path = Path(path)
-    self._header = pb.Header(q4jax_version=__version__, metadata=pack_metadata(metadata))
+    self._header = pb.Header(q4jax_version=__version__, metadata=pack_metadata(metadata, types))
     self._header.records.extend(map(pack_record, records))
     offset = 0
     for tensor in tensors:

@@ -9,7 +9,7 @@ from q4jax import records as records_lib
 from q4jax.errors import ConfigError, FormatError
 from q4jax.formats import qbin_pb2 as pb
 from q4jax.formats.gguf_header import MAX_KEY_BYTES, MAX_KEYS, MAX_STRINGS
-from q4jax.formats.gguf_types import BOOL, SCALARS, STRING
+from q4jax.formats.gguf_types import BOOL, SCALARS, STRING, holds
 from q4jax.formats.qbin_header import DAMAGED
 from q4jax.records import Record
 
@@ -22,11 +22,14 @@ _TYPES = {field: number for number, field in _FIELDS.items()}
 _NUMBERS = {dtype.str: number for number, dtype in SCALARS.items()}
 
 
-def pack_metadata(metadata: Mapping[str, Any]) -> list[pb.Entry]:
+def pack_metadata(
+  metadata: Mapping[str, Any], types: Mapping[str, int] | None = None
+) -> list[pb.Entry]:
   """Messages of keys and values as a `Checkpoint` has them.
 
-  An integer gets the first of u32, i32, u64 and i64 that holds it, a float f32 if that is exact and
-  else f64; arrays and NumPy scalars keep their type.
+  A number gets the type of GGUF that `types` gives its key, if it fits. Else an integer gets the
+  first of u32, i32, u64 and i64 that holds it, a float f32 if that is exact and else f64. Arrays
+  and NumPy scalars keep their type.
 
   Raises:
     ConfigError: a value of a type that GGUF does not have; it names the key.
@@ -34,7 +37,11 @@ def pack_metadata(metadata: Mapping[str, Any]) -> list[pb.Entry]:
   entries = []
   for key, value in metadata.items():
     try:
-      entries.append(pb.Entry(key=key, value=_pack(value)))
+      kind = (types or {}).get(key)
+      if kind in SCALARS and holds(SCALARS[kind], value):
+        entries.append(pb.Entry(key=key, value=_number(_FIELDS[kind], value)))
+      else:
+        entries.append(pb.Entry(key=key, value=_pack(value)))
     except (TypeError, ValueError) as error:
       raise ConfigError(f"the metadata's {key!r} cannot be written: {error}.") from None
   return entries
@@ -72,6 +79,12 @@ def _number(field: str, value: Any) -> pb.Value:
   message = pb.Value()
   setattr(message, field, value)
   return message
+
+
+def value_types(entries: Iterable[pb.Entry]) -> dict[str, int]:
+  """The number of each single value's type, as `GGUFFile.value_types` has them."""
+  fields = {entry.key: entry.value.WhichOneof("kind") for entry in entries}
+  return {key: _TYPES[field] for key, field in fields.items() if field in _TYPES}
 
 
 def unpack_metadata(entries: Iterable[pb.Entry], path: str) -> dict[str, Any]:

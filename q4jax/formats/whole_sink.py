@@ -1,4 +1,4 @@
-"""What sinks share: every tensor is written once, and the whole appears under its name or nothing."""
+"""What sinks share: a tensor is written once; the whole appears under its name, or nothing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

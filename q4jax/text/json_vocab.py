@@ -37,9 +37,9 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def _read(path: Path) -> Vocabulary:
-  doc = _read_json(path)
+  doc = read_document(path)
   config_path = path.with_name("tokenizer_config.json")
-  config = _read_json(config_path) if config_path.exists() else {}
+  config = read_document(config_path) if config_path.exists() else {}
   parts = [
     *_parts(doc.get("normalizer"), "normalizers", _NORMALIZERS),
     *_parts(doc.get("pre_tokenizer"), "pretokenizers", _PRE_TOKENIZERS),
@@ -110,9 +110,14 @@ def _bpe(doc: dict[str, Any], texts: list[str], kinds: list[Kind]) -> models.Mod
     if model.get(key):
       raise TokenizerError(f"model.{key} is {model[key]!r}, which q4jax does not do.")
   ids = plain_ids(texts, kinds)
-  merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
   options = {key: bool(model.get(key)) for key in ("byte_fallback", "fuse_unk", "ignore_merges")}
-  return build_bpe(ids, plain_merges(merges, ids, set(texts)), len(texts), **options)
+  return build_bpe(ids, plain_merges(merges(doc), ids, set(texts)), len(texts), **options)
+
+
+def merges(doc: dict[str, Any]) -> list[tuple[str, ...]]:
+  """The merges in order, which a file has as "a b" or ["a", "b"]."""
+  found = doc["model"]["merges"]
+  return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in found]
 
 
 def _tokenizer(doc: dict[str, Any], bpe: models.Model, at_start: bool = True) -> Tokenizer:
@@ -198,7 +203,8 @@ def _chat_template(config: dict[str, Any], path: Path) -> str | None:
   return template
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+  """The JSON object that a file holds."""
   try:
     doc = json.loads(_read_text(path))
   except (ValueError, RecursionError) as e:

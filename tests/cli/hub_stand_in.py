@@ -70,6 +70,8 @@ def serve(hub: Hub) -> Iterator[Hub]:
     def _refuse(self, status: int, code: str) -> None:
       self.send_response(status)
       self.send_header("X-Error-Code", code)
+      if code == "EntryNotFound":
+        self.send_header("X-Repo-Commit", COMMIT)  # The client remembers what is not there.
       self.send_header("Content-Length", "0")
       self.end_headers()
 

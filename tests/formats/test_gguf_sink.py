@@ -127,6 +127,13 @@ def test_types_of_values_without_a_known_one(value: Any, types: list, tmp_path: 
   assert gguf.GGUFReader(tmp_path / "out.gguf").fields["key"].types[: len(types)] == types
 
 
+def test_constants_of_the_architecture_are_float32(tmp_path: Path) -> None:
+  with GGUFSink(tmp_path / "out.gguf", CONFIG, {"llama.attention.epsilon": 1e-5}, []):
+    pass
+  field = gguf.GGUFReader(tmp_path / "out.gguf").fields["llama.attention.epsilon"]
+  assert field.types == [T.FLOAT32] and field.contents() == np.float32(1e-5)
+
+
 @pytest.mark.parametrize("value", [2**64, [1, "a"], {"a": 1}, None, 1e300 + 0j])
 def test_values_that_no_type_holds(value: Any, tmp_path: Path) -> None:
   with pytest.raises(ConfigError, match="key is .* no type of GGUF"):
