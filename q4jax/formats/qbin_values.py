@@ -59,7 +59,7 @@ def _pack(value: Any) -> pb.Value:
       raise TypeError(f"arrays are lists of numbers or of strings, not {array.dtype.name}")
     number = _NUMBERS[array.dtype.str]
     return pb.Value(array=pb.Array(type=number, numbers=array.tobytes()))
-  if isinstance(value, np.generic):
+  if isinstance(value, np.generic) and value.dtype.str in _NUMBERS:
     return _number(_FIELDS[_NUMBERS[value.dtype.str]], value.item())
   if isinstance(value, bool):
     return pb.Value(boolean=value)
