@@ -145,6 +145,7 @@ def test_hub_folder(q4jax: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = finished(start("convert", "hf://org/other", tmp_path / "c.gguf", env=env))
     assert result.code == 1 and "org/other has no such file" in result.err
   assert tensors(tmp_path / "b.gguf") == tensors(out)
+  assert metadata(out)["general.name"] == "repo"
   matrix = next(t for t in gguf.GGUFReader(out).tensors if t.name == "blk.1.ffn_up.weight")
   wanted = hf_model.tensors(spec, "BF16")["model.layers.1.mlp.up_proj.weight"]
   assert matrix.tensor_type.name == "BF16" and matrix.data.tobytes() == wanted.tobytes()
@@ -161,3 +162,21 @@ def test_interleaving_by_hand(q4jax: Run, tmp_path: Path) -> None:
   assert found.keys() == twin.keys()
   for name, tensor in found.items():
     assert tensor.data.tobytes() == twin[name].data.tobytes(), name
+
+
+def test_info_and_tokenize_read_every_format(q4jax: Run, source: Path, tmp_path: Path) -> None:
+  spec = SPECS["llama"]
+  hf = hf_model.write(tmp_path / "hf", hf_model.config(spec), hf_model.tensors(spec))
+  wanted = json.loads(q4jax("info", source, "--json").out)
+  ids = json.loads(q4jax("tokenize", source, "--text=abc d", "--json").out)["ids"]
+  for suffix in ("qbin", "orbax"):
+    out = tmp_path / f"out.{suffix}"
+    assert q4jax("convert", source, out).code == 0
+    about = json.loads(q4jax("info", out, "--json").out)
+    changed = {"path": str(out), "format": suffix, "gguf_version": None}
+    for name, value in (wanted | changed).items():
+      assert name == "memory" or about[name] == value, name
+    assert f"out.{suffix} ({suffix})" in q4jax("info", out).out
+    assert json.loads(q4jax("tokenize", out, "--text=abc d", "--json").out)["ids"] == ids
+  result = q4jax("info", hf)
+  assert result.code == 0 and "(safetensors)" in result.out and "f32" in result.out
