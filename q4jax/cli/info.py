@@ -1,4 +1,4 @@
-"""Shows what a GGUF file holds, without loading it: any shard of a split model speaks for all.
+"""Shows what a model file holds, without loading it: any shard of a split model speaks for all.
 
   q4jax info tiny
   q4jax info model.gguf --tensors
@@ -9,10 +9,10 @@ says why. The memory plan counts the weights, which stay as they are in the file
 at two bytes a value (--kv_dtype=f32 would double that); compiled programs and JAX itself add about
 0.4 GiB.
 
---json prints one object: path, gguf_version, architecture, name, runs (whether q4jax runs it) and
-reason (why not), context_length, dimensions, parameters, bits_per_weight, tensor_bytes,
-tensor_types (type, tensors, weights, bytes), tokenizer, chat_template, memory, and tensors if asked
-for.
+--json prints one object: path, format, gguf_version (null of other formats), architecture, name,
+runs (whether q4jax runs it) and reason (why not), context_length, dimensions, parameters,
+bits_per_weight, tensor_bytes, tensor_types (type, tensors, weights, bytes), tokenizer,
+chat_template, memory, and tensors if asked for.
 """
 
 from collections.abc import Mapping
@@ -38,10 +38,12 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   """Prints the file's description."""
   path = common.find_model(arguments[0], flags)
   from q4jax.formats.gguf import GGUFFile
+  from q4jax.formats.open import kind_of, open_checkpoint
 
-  with GGUFFile.open(path) as file:
+  kind = kind_of(path)
+  with GGUFFile.open(path) if kind == "gguf" else open_checkpoint(path) as file:
     about = describe(file.metadata, file.tensors, path)
-    about["gguf_version"] = file.version
+    about |= {"format": kind, "gguf_version": getattr(file, "version", None)}
     tensors = [
       {"name": t.name, "type": t.format, "shape": list(t.shape), "bytes": t.nbytes}
       for t in file.tensors.values()
@@ -58,7 +60,7 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
 
 
 def describe(metadata: Mapping[str, Any], tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
-  """What `--json` prints, but for the format's version and the list of tensors."""
+  """What `--json` prints, but for the format and the list of tensors."""
   from q4jax import config as config_lib
 
   config, reason = None, None
@@ -139,12 +141,16 @@ def _number(metadata: Mapping[str, Any], key: str) -> int | None:
   return value if isinstance(value, int) else None
 
 
+def _format(about: Mapping[str, Any]) -> str:
+  return f"GGUF {about['gguf_version']}" if about["format"] == "gguf" else about["format"]
+
+
 _KINDS = {"llama": "SentencePiece", "gpt2": "byte-level BPE"}
 
 
 def _page(about: Mapping[str, Any]) -> list[str]:
   lines = [
-    ("file", f"{about['path']} (GGUF {about['gguf_version']})"),
+    ("file", f"{about['path']} ({_format(about)})"),
     ("model", f"{about['name'] or 'unnamed'}, architecture {about['architecture'] or 'not given'}"),
     ("runs", "yes" if about["runs"] else f"no: {about['reason']}"),
   ]

@@ -46,14 +46,13 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   ids = _ids(flags.ids) if flags.ids is not None else None
   text = flags.text if flags.file is None else common.read_text(flags.file)
   path = common.find_model(arguments[0], flags)
-  from q4jax.formats.gguf import GGUFFile
+  from q4jax.formats.open import read_metadata
   from q4jax.text.tokenizer import Tokenizer
 
   if flags.tokenizer is not None:
     tokenizer = Tokenizer.from_tokenizer_json(flags.tokenizer)
   else:
-    with GGUFFile.open(path) as file:
-      tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
+    tokenizer = Tokenizer.from_gguf_metadata(read_metadata(path))
   decodes = ids is not None
   if ids is None:
     ids = tokenizer.encode(text, flags.add_special, flags.parse_special)

@@ -10,6 +10,15 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
+def model_name(folder: Path) -> str:
+  """The model's name: the folder's, or the repository's if it lies in the hub's cache."""
+  folder = folder.resolve()
+  for parent in folder.parents:
+    if parent.name.startswith("models--"):
+      return parent.name.rpartition("--")[2]
+  return folder.name
+
+
 def weight_files(folder: Path) -> list[Path]:
   """The files that hold the tensors: those that the index names, or the only one.
 

@@ -8,6 +8,7 @@ from q4jax.config import LlamaConfig
 from q4jax.errors import ConfigError, FormatError
 from q4jax.formats import hf_folder, orbax_checkpoint
 from q4jax.formats.checkpoint import Checkpoint, Sink, Tensor
+from q4jax.formats.gguf import GGUFFile
 from q4jax.formats.gguf_checkpoint import GGUFCheckpoint
 from q4jax.formats.gguf_sink import GGUFSink
 from q4jax.formats.hub import resolve
@@ -40,26 +41,53 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     TokenizerError: a tokenizer.json does what GGUF's metadata cannot say.
   """
   path = resolve(str(model))
-  if path.is_dir():
-    return _open_folder(path)
-  if path.suffix == ".qbin" or _begins(path) == MAGIC:
+  kind = kind_of(path)
+  if kind == "qbin":
     return QbinCheckpoint.open(path)
-  if path.name in (hf_folder.CONFIG, hf_folder.INDEX) or path.suffix == ".safetensors":
-    return SafetensorsCheckpoint.open(path.parent)
+  if kind == "orbax":
+    return OrbaxCheckpoint.open(path)
+  if kind == "safetensors":
+    return SafetensorsCheckpoint.open(path if path.is_dir() else path.parent)
   return GGUFCheckpoint.open(path)
 
 
-def _open_folder(path: Path) -> Checkpoint:
-  if (path / orbax_checkpoint.ABOUT).exists():
-    return OrbaxCheckpoint.open(path)
-  if (path / hf_folder.CONFIG).exists():
-    return SafetensorsCheckpoint.open(path)
-  files = sorted(file.name for file in path.glob("*.gguf"))
-  raise FormatError(
-    f"{path}: the folder has neither {hf_folder.CONFIG} (Hugging Face) nor "
-    f"{orbax_checkpoint.ABOUT} (q4jax's orbax checkpoints)."
-    + (f" Name a file in it: {', '.join(files[:3])}." if files else " Is it a model's?")
-  )
+def kind_of(path: Path) -> str:
+  """The format of what lies at a path: "gguf", "qbin", "safetensors" or "orbax".
+
+  A file of no other format, and one that does not exist, is for the reader of GGUF to judge.
+
+  Raises:
+    FormatError: a folder that is no model's.
+  """
+  if path.is_dir():
+    if (path / orbax_checkpoint.ABOUT).exists():
+      return "orbax"
+    if (path / hf_folder.CONFIG).exists():
+      return "safetensors"
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    raise FormatError(
+      f"{path}: the folder has neither {hf_folder.CONFIG} (Hugging Face) nor "
+      f"{orbax_checkpoint.ABOUT} (q4jax's orbax checkpoints)."
+      + (f" Name a file in it: {', '.join(files[:3])}." if files else " Is it a model's?")
+    )
+  if path.suffix == ".qbin" or _begins(path) == MAGIC:
+    return "qbin"
+  if path.name in (hf_folder.CONFIG, hf_folder.INDEX) or path.suffix == ".safetensors":
+    return "safetensors"
+  return "gguf"
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+  """A model's metadata alone; a GGUF file may hold nothing else.
+
+  Raises:
+    FormatError, TokenizerError: see `open_checkpoint`.
+  """
+  if kind_of(path) == "gguf":
+    with GGUFFile.open(path) as file:
+      return file.metadata
+  with open_checkpoint(path) as checkpoint:
+    return checkpoint.metadata
 
 
 def open_sink(

@@ -29,7 +29,7 @@ from q4jax.formats.whole_sink import WholeSink
 from q4jax_kernels.block_array import block_shape
 
 ABOUT = "q4jax.json"
-PART_BYTES = 256 << 20
+PART_BYTES = 64 << 20
 _VERSION = 1
 _DTYPES: dict[str, np.dtype] = {
   "f32": np.dtype(np.float32),

@@ -12,7 +12,7 @@ from q4jax import config as config_lib
 from q4jax.errors import FormatError
 from q4jax.formats.checkpoint import Bytes, Tensor
 from q4jax.formats.hf_config import HFConfig
-from q4jax.formats.hf_folder import CONFIG, TOKENIZER, weight_files
+from q4jax.formats.hf_folder import CONFIG, TOKENIZER, model_name, weight_files
 from q4jax.formats.json_file import read_object
 from q4jax.formats.llama_tensors import hf_name, tensor_shapes
 from q4jax.formats.safetensors_file import SafetensorsFile, StoredTensor
@@ -58,7 +58,7 @@ class SafetensorsCheckpoint:
     kinds = [tensor.format for tensor in self.tensors.values() if len(tensor.shape) > 1]
     about = {
       "general.type": "model",
-      "general.name": Path(path).resolve().name,
+      "general.name": model_name(Path(path)),
       "general.file_type": _FILE_TYPES[max(_FILE_TYPES, key=kinds.count)],
     }
     self.metadata: Mapping[str, Any] = {**config.metadata, **about, **tokenizer}

@@ -1,5 +1,6 @@
 """`q4jax convert`: from every format to every other, and what it refuses."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,9 +13,12 @@ import gguf_model
 import hf_model
 from oracles import models
 from oracles.models import SPECS
+from q4jax.formats.checkpoint import floats
+from q4jax.formats.open import open_checkpoint, open_sink
 from q4jax.formats.qbin import QbinCheckpoint
 from q4jax.formats.qbin_sink import set_records
 from q4jax.records import Record
+from q4jax_kernels.q4_formats import Q4_FORMATS
 
 from .conftest import Run, finished, start
 from .hub_stand_in import Hub, serve
@@ -145,6 +149,7 @@ def test_hub_folder(q4jax: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = finished(start("convert", "hf://org/other", tmp_path / "c.gguf", env=env))
     assert result.code == 1 and "org/other has no such file" in result.err
   assert tensors(tmp_path / "b.gguf") == tensors(out)
+  assert metadata(out)["general.name"] == "repo"
   matrix = next(t for t in gguf.GGUFReader(out).tensors if t.name == "blk.1.ffn_up.weight")
   wanted = hf_model.tensors(spec, "BF16")["model.layers.1.mlp.up_proj.weight"]
   assert matrix.tensor_type.name == "BF16" and matrix.data.tobytes() == wanted.tobytes()
@@ -161,3 +166,64 @@ def test_interleaving_by_hand(q4jax: Run, tmp_path: Path) -> None:
   assert found.keys() == twin.keys()
   for name, tensor in found.items():
     assert tensor.data.tobytes() == twin[name].data.tobytes(), name
+
+
+def test_info_and_tokenize_read_every_format(q4jax: Run, source: Path, tmp_path: Path) -> None:
+  spec = SPECS["llama"]
+  hf = hf_model.write(tmp_path / "hf", hf_model.config(spec), hf_model.tensors(spec))
+  wanted = json.loads(q4jax("info", source, "--json").out)
+  ids = json.loads(q4jax("tokenize", source, "--text=abc d", "--json").out)["ids"]
+  for suffix in ("qbin", "orbax"):
+    out = tmp_path / f"out.{suffix}"
+    assert q4jax("convert", source, out).code == 0
+    about = json.loads(q4jax("info", out, "--json").out)
+    changed = {"path": str(out), "format": suffix, "gguf_version": None}
+    for name, value in (wanted | changed).items():
+      assert name == "memory" or about[name] == value, name
+    assert f"out.{suffix} ({suffix})" in q4jax("info", out).out
+    assert json.loads(q4jax("tokenize", out, "--text=abc d", "--json").out)["ids"] == ids
+  result = q4jax("info", hf)
+  assert result.code == 0 and "(safetensors)" in result.out and "f32" in result.out
+
+
+def with_groups(source: Path, out: Path, name: str) -> Path:
+  """The model with its ffn_up in random blocks of a group-wise format."""
+  form, rng = Q4_FORMATS[name], np.random.default_rng(0)
+  with open_checkpoint(source) as model:
+    tensors = [
+      dataclasses.replace(t, format=name) if "ffn_up" in t.name else t
+      for t in model.tensors.values()
+    ]
+    with open_sink(out, model.config, model.metadata, tensors) as sink:
+      for tensor in tensors:
+        rows = model.rows(tensor.name)
+        if tensor.format == name:
+          n, blocks = tensor.num_rows, tensor.shape[-1] // form.block_size
+          groups = (n, blocks, form.block_size // form.group)
+          codes = rng.integers(0, 16, (n, blocks, form.block_size), np.uint8)
+          minimum = None if form.symmetric else rng.normal(0, 0.1, groups)
+          rows = form.join(codes, rng.normal(0, 0.01, groups), minimum, np).reshape(n, -1)
+        sink.write(tensor, rows)
+  return out
+
+
+@pytest.mark.parametrize(("name", "as_"), [("q4s128_f16", "q4_0"), ("q4a64_f16", "q4_1")])
+def test_groups_are_stored_as_blocks(
+  name: str, as_: str, q4jax: Run, source: Path, tmp_path: Path
+) -> None:
+  grouped, out = with_groups(source, tmp_path / "grouped.qbin", name), tmp_path / "out.gguf"
+  result = q4jax("convert", grouped, out)
+  assert result.code == 0 and f"{name} is stored as {as_}" in result.err
+  result = q4jax("convert", grouped, out, "--force", "--json")
+  assert json.loads(result.out)["stored_as"] == {name: as_} and result.err == ""
+  with open_checkpoint(grouped) as a, open_checkpoint(out) as b:
+    assert b.tensors["blk.1.ffn_up.weight"].format == as_
+    for tensor in a.tensors:
+      assert floats(a, tensor).tobytes() == floats(b, tensor).tobytes(), tensor
+
+
+def test_groups_that_no_block_holds(q4jax: Run, source: Path, tmp_path: Path) -> None:
+  grouped = with_groups(source, tmp_path / "grouped.qbin", "q4s16_f16")
+  result = q4jax("convert", grouped, tmp_path / "out.gguf")
+  assert result.code == 1 and "'q4s16_f16' weights are in no GGUF type exactly" in result.err
+  assert not (tmp_path / "out.gguf").exists()

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import hf_model
@@ -312,3 +314,29 @@ def test_a_folder_without_a_tokenizer_needs_one(tmp_path: Path) -> None:
   folder = hf_model.write(tmp_path / "hf", hf_model.config(TINY), hf_model.tensors(TINY))
   with pytest.raises(q4jax.TokenizerError, match="tokenizer.ggml.model is missing"):
     load(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("fuzz") / "hf"
+  return hf_model.write(folder, hf_model.config(TINY), hf_model.tensors(TINY))
+
+
+@given(
+  name=st.sampled_from(["model.safetensors", "config.json"]),
+  at=st.integers(0, 1500),
+  data=st.binary(min_size=1, max_size=12),
+)
+def test_damage_is_an_error_or_another_model(whole: Path, name: str, at: int, data: bytes) -> None:
+  path = whole / name
+  good = path.read_bytes()
+  at %= min(len(good), 1500)
+  path.write_bytes(good[:at] + data + good[at + len(data) :])
+  try:
+    with SafetensorsCheckpoint.open(whole) as found:
+      for tensor in found.tensors.values():
+        assert found.rows(tensor.name).shape == (tensor.num_rows, tensor.row_bytes)
+  except q4jax.Q4JaxError:
+    pass
+  finally:
+    path.write_bytes(good)
