@@ -2,8 +2,8 @@ r"""Writes the texts that come with q4jax: what `tiny` was trained on, and what 
 
   python -m experiments.tiny.texts --out=q4jax/data
 
-Needs a minute. Writes calibration.txt (of training documents) and held_out.txt (no line of which was
-trained on): whole documents of Python, NumPy, SciPy and JAX, drawn by their names' hashes; and
+Needs two minutes. Writes calibration.txt (of training documents) and held_out.txt (no line of which
+was trained on): whole documents of Python, NumPy, SciPy and JAX, drawn by their names' hashes; and
 texts.json, which says from which versions and under which licences.
 """
 

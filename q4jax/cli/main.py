@@ -23,6 +23,8 @@ COMMANDS = {
   "perplexity": "how well a model predicts a text, as llama.cpp measures it",
   "bench": "speed of prefill and decode, in llama-bench's records",
   "convert": "a model from one format to another, its weights as they are",
+  "calibrate": "watch what flows through a model, for quantisers to use",
+  "quantize": "round a model to fewer bits: mixes of k-quants, int2 to int8, GPTQ, AWQ, HQQ",
   "demo": "the model that comes with q4jax writes a few lines",
 }
 

@@ -14,8 +14,8 @@ the embedding table and the output matrix as --head says.
 
 --method (of integers): rtn rounds to a grid from the smallest to the largest weight; mse searches
 each group's grid for the least squared error, weighted by --calibration if given; hqq minimises a
-norm that forgives outliers; gptq and awq let --text run through the model, layer by layer: gptq lets
-each weight make up for the rounding errors before it, awq scales up the inputs that matter.
+norm that forgives outliers; gptq and awq let --text run through the model, layer by layer: gptq
+lets each weight make up for the rounding errors before it, awq scales up the inputs that matter.
 
 --json prints one object with the keys source, out, type, bits_per_weight (of all tensors),
 source_bytes, out_bytes, seconds and peak_rss_bytes.
@@ -110,7 +110,9 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   if flags.json:
     sizes = {"source_bytes": bytes_in, "out_bytes": bytes_out, "bits_per_weight": round(bits, 4)}
     about = {"source": source_name, "out": str(out), "type": flags.type, **sizes}
-    common.print_json(about | {"seconds": round(seconds, 3), "peak_rss_bytes": rss_bytes(peak=True)})
+    common.print_json(
+      about | {"seconds": round(seconds, 3), "peak_rss_bytes": rss_bytes(peak=True)}
+    )
     return 0
   common.note(
     f"{out}: {common.size(bytes_in)} -> {common.size(bytes_out)}, {bits:.3f} bits a weight | "

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,8 +26,8 @@ from q4jax.errors import ConfigError
 from q4jax.formats import imatrix
 from q4jax.formats.atomic import replacing, write_bytes
 from q4jax.formats.checkpoint import Checkpoint
-from q4jax.offline.calibration import HIDDEN, IMATRIX, Sums, save_sums, stem
-from q4jax.offline.layerwise import SHARED, Flow, LayerRunner
+from q4jax.offline.calibration import HIDDEN, IMATRIX, Sums, read_sums, save_sums, stem
+from q4jax.offline.layerwise import SHARED, Flow, LayerRunner, input_of, takes_input
 from q4jax.quant.convert import to_record
 from q4jax.quant.fits import FITS
 from q4jax.quant.grid import Grid
@@ -87,8 +86,12 @@ class Watch:
     return cls(MinMax.init(k), MovingAverage.init(k), Moments.init(k), Histogram.init())
 
   def update(self, x: jax.Array) -> "Watch":
-    parts = (self.extremes, self.average, self.moments, self.histogram)
-    return Watch(*(part.update(x) for part in parts))
+    return Watch(
+      self.extremes.update(x),
+      self.average.update(x),
+      self.moments.update(x),
+      self.histogram.update(x),
+    )
 
 
 def calibrate(
@@ -125,9 +128,7 @@ def calibrate(
     progress(layers, layers)
 
 
-def _about(
-  checkpoint: Checkpoint, tokens: NDArray[np.int32], options: Options
-) -> dict[str, Any]:
+def _about(checkpoint: Checkpoint, tokens: NDArray[np.int32], options: Options) -> dict[str, Any]:
   """What a calibration is of; two runs that agree in it can be one."""
   return {
     "q4jax": q4jax.__version__,
@@ -165,9 +166,7 @@ def _resume(folder: Path, about: Mapping[str, Any], runner: LayerRunner) -> int:
   return index
 
 
-def _block(
-  runner: LayerRunner, folder: Path, about: Mapping[str, Any], options: Options
-) -> None:
+def _block(runner: LayerRunner, folder: Path, about: Mapping[str, Any], options: Options) -> None:
   """Watches and advances one block, and writes its files."""
   index, prefix, weights = runner.index, runner.prefix, runner.read_block()
   watches: dict[str, Watch] = {}
@@ -187,9 +186,7 @@ def _block(
         p = FITS[options.method](w, options.grid, importance)
         group = w.shape[1] // p.scale.shape[1]
         name = f"{prefix}{matrix}.weight"
-        records.append(
-          to_record(name, options.grid, p, group_size=group, method=options.method)
-        )
+        records.append(to_record(name, options.grid, p, group_size=group, method=options.method))
   heads = runner.config.num_kv_heads
   for target in ("key", "value"):
     records.append(_kv_record(prefix.rstrip("."), target, watches[target], heads, options))
@@ -244,9 +241,7 @@ def _input_record(name: str, watch: Watch, options: Options) -> Record:
   )
 
 
-def _kv_record(
-  layer: str, target: str, watch: Watch, heads: int, options: Options
-) -> Record:
+def _kv_record(layer: str, target: str, watch: Watch, heads: int, options: Options) -> Record:
   """One symmetric scale a head, from the largest size it has had."""
   low, high = watch.extremes.range()
   largest = np.maximum(-low, high).reshape(heads, -1)
@@ -320,12 +315,10 @@ def _sums(prefix: str, watches: Mapping[str, Watch]) -> dict[str, Sums]:
 
 
 def _write_imatrix(checkpoint: Checkpoint, folder: Path, ctx: int) -> None:
-  from q4jax.offline.calibration import read_sums
-  from q4jax.offline.layerwise import input_of
-
   sums = read_sums(folder)
   moments = {}
   for name, tensor in checkpoint.tensors.items():
-    if len(tensor.shape) == 2 and (found := sums.get(input_of(name))) is not None:
+    found = sums.get(input_of(name))
+    if len(tensor.shape) == 2 and found and takes_input(name, checkpoint.config):
       moments[name] = imatrix.Moments(found.square, found.count)
   imatrix.write(folder / IMATRIX, moments, "q4jax calibrate", ctx)

@@ -81,7 +81,7 @@ def _checked(arrays: Mapping[str, NDArray], name: str, path: Path) -> Sums:
   good = fits and all(np.isfinite(x).all() and (x >= 0).all() for x in (absolute, square))
   if not good or int(count[0]) < 1:
     raise FormatError(
-      f"{path}: the sums of '{name}' have shapes {[list(p.shape) for p in (absolute, square)]} over "
+      f"{path}: the sums of '{name}' have shapes {absolute.shape} and {square.shape} over "
       f"{count.reshape(-1)[:1]} rows; expected finite sums >= 0 of one shape. Calibrate again."
     )
   return Sums(absolute.astype(np.float32), square.astype(np.float32), int(count[0]))

@@ -39,10 +39,15 @@ Weights = Mapping[str, jax.Array]
 def input_of(name: str) -> str:
   """The name of what flows into a matrix: that of the first matrix that takes it.
 
-  "blk.3.attn_v.weight" takes "blk.3.attn_q"; the head takes "output".
+  "blk.3.attn_v.weight" takes "blk.3.attn_q"; the head takes "output", be it the embedding table.
   """
   block, _, rest = name.removesuffix(".weight").rpartition(".")
   return f"{block}.{_INPUT_OF.get(rest, rest)}" if block else "output"
+
+
+def takes_input(name: str, config: LlamaConfig) -> bool:
+  """Whether a matrix is multiplied with something: an embedding table may only be looked up."""
+  return config.tied or name != "token_embd.weight"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from q4jax.config import LlamaConfig
 from q4jax.errors import ConfigError
 from q4jax.formats.checkpoint import Bytes, Checkpoint, Sink, Tensor, floats
 from q4jax.offline.blockwise import BLOCK_METHODS
-from q4jax.offline.layerwise import LayerRunner, input_of
+from q4jax.offline.layerwise import LayerRunner, input_of, takes_input
 from q4jax.offline.scheme import NEEDS_TEXT, Scheme, check_source
 from q4jax.quant import kquants
 from q4jax.quant.convert import as_planned
@@ -112,13 +113,13 @@ def _rows(
   plan = scheme.plan(source.tensors[name], source.config, importance is not None)
   if isinstance(plan, Grid):
     w = floats(source, name)
-    p = FITS[scheme.method](w, plan, _importance(importance, name))
+    p = FITS[scheme.method](w, plan, _importance(importance, name, source.config))
     return _blocks(quantize(w, plan, p), target)
   if plan == source.tensors[name].format:
     return source.rows(name)
   w = floats(source, name)
   if plan in kquants.FORMATS:
-    return kquants.quantize(w, plan, _importance(importance, name))
+    return kquants.quantize(w, plan, _importance(importance, name, source.config))
   return as_floats(w, plan)
 
 
@@ -164,9 +165,11 @@ def as_floats(w: Floats, format: str) -> Bytes:
   return rows.view(np.uint8)
 
 
-def _importance(importance: Importance | None, name: str) -> NDArray[np.float32] | None:
-  """Of the matrix's inputs. The table of embeddings is looked up, not multiplied: none."""
-  if importance is None:
+def _importance(
+  importance: Importance | None, name: str, config: LlamaConfig
+) -> NDArray[np.float32] | None:
+  """Of the matrix's inputs, where it has any."""
+  if importance is None or not takes_input(name, config):
     return None
   key = input_of(name)
   if key not in importance:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from q4jax.quant import rtn, search
+from q4jax.quant import hqq, rtn, search
 from q4jax.quant.grid import Fit
 
-FITS: Mapping[str, Fit] = {"rtn": rtn.fit, "mse": search.fit}
+FITS: Mapping[str, Fit] = {"rtn": rtn.fit, "mse": search.fit, "hqq": hqq.fit}
