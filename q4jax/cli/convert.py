@@ -8,12 +8,13 @@ an .orbax folder, a name on the hub, or tiny. OUT ends in .gguf, .qbin or .orbax
 quantised: q4jax quantize does that. OUT appears when it is complete, never in part.
 
 --json prints one object: source, out, tensors, weights, source_bytes (of the tensors), out_bytes
-(of all of OUT), and stored_as: formats that OUT does not have, and the ones that hold the very same
-weights there.
+(of all of OUT), has_tokenizer, and stored_as: formats that OUT does not have, and the ones that
+hold the very same weights there.
 """
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 from absl import flags as absl_flags
 
@@ -35,10 +36,13 @@ common.define_json(FLAGS)
 
 def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   """Converts."""
-  source, out = arguments
-  path = common.find_model(source, flags)
+  source, out = arguments[0], Path(arguments[1])
+  common.check_out(out, flags.force)
+  from q4jax.formats.open import check_suffix
   from q4jax.offline.convert import convert
 
+  check_suffix(out)
+  path = common.find_model(source, flags)  # After OUT: it may take a long download.
   with common.bar(f"writing {out}") if common.watched(flags) else nullcontext() as advance:
     found = convert(path, out, layout=flags.layout, force=flags.force, progress=advance)
   if flags.json:
@@ -52,4 +56,9 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   )
   for old, new in found.stored_as.items():
     common.note(f"{old} is stored as {new}, which holds the same weights in more bits.")
+  if not found.has_tokenizer:
+    common.note(
+      "The source has no tokenizer.json, so OUT has no vocabulary: llama.cpp will not load it, and "
+      "q4jax only with --tokenizer."
+    )
   return 0

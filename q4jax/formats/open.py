@@ -90,6 +90,21 @@ def read_metadata(path: Path) -> Mapping[str, Any]:
     return checkpoint.metadata
 
 
+def check_suffix(path: str | Path) -> str:
+  """The suffix of a path that `open_sink` can write.
+
+  Raises:
+    ConfigError: it is none of `SINKS`.
+  """
+  suffix = Path(path).suffix
+  if suffix not in SINKS:
+    raise ConfigError(
+      f"{path}: the name ends in '{suffix}', which is no format that q4jax writes. End it in "
+      f"{', '.join(SINKS)}."
+    )
+  return suffix
+
+
 def open_sink(
   path: str | Path,
   config: LlamaConfig,
@@ -107,12 +122,7 @@ def open_sink(
     ConfigError: another suffix, an option that the format does not have, or a tensor that it cannot
       hold.
   """
-  suffix = Path(path).suffix
-  if suffix not in SINKS:
-    raise ConfigError(
-      f"{path}: the name ends in '{suffix}', which is no format that q4jax writes. End it in "
-      f"{', '.join(SINKS)}."
-    )
+  suffix = check_suffix(path)
   allowed = SINKS[suffix]
   if surplus := options.keys() - allowed:
     raise ConfigError(

@@ -28,6 +28,7 @@ class Converted:
     source, out: where the model was and is.
     tensors, weights: how many there are.
     source_bytes, out_bytes: of the tensors there, and of the whole file (or folder) here.
+    has_tokenizer: whether the model has its vocabulary with it.
     stored_as: formats that `out` cannot hold, and the one that holds the same weights there.
   """
 
@@ -37,6 +38,7 @@ class Converted:
   weights: int
   source_bytes: int
   out_bytes: int
+  has_tokenizer: bool
   stored_as: dict[str, str]
 
 
@@ -83,6 +85,7 @@ def convert(
       weights=sum(prod(tensor.shape) for tensor in tensors),
       source_bytes=total,
       out_bytes=size_on_disk(out),
+      has_tokenizer="tokenizer.ggml.model" in model.metadata,
       stored_as=_stored_as(tensors, out),
     )
 
@@ -99,7 +102,7 @@ def _check_free(out: Path, source: Path, force: bool) -> None:
   if source.exists() and (out.samefile(source) or out.resolve() in source.resolve().parents):
     raise ConfigError(f"{out} is what is read; give another path to write to.")
   if not force:
-    raise ConfigError(f"{out} exists; give --force to replace it, or another path.")
+    raise ConfigError(f"{out} exists; give another name, or --force to replace it.")
 
 
 def _options(model: Checkpoint, out: Path, layout: str | None) -> Mapping[str, Any]:
