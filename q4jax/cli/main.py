@@ -22,6 +22,7 @@ COMMANDS = {
   "chat": "talk with a model",
   "perplexity": "how well a model predicts a text, as llama.cpp measures it",
   "bench": "speed of prefill and decode, in llama-bench's records",
+  "verify": "whether a model or a calibration is whole and sound",
   "demo": "the model that comes with q4jax writes a few lines",
 }
 
