@@ -32,7 +32,7 @@ MAJOR, MINOR = 1, 0
 ALIGNMENT = 4096
 LAYOUTS = ("rows", "x16")
 MAX_HEADER_BYTES = 64 << 20
-MAX_FIELDS = 1 << 20  # Of the header and of its records: entries, tensors, statistics.
+MAX_FIELDS = 1 << 18  # Of the header and of its records: entries, tensors, statistics.
 _FIXED = struct.Struct("<8sHHQ")
 FIXED_BYTES = _FIXED.size + 4
 
