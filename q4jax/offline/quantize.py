@@ -10,15 +10,23 @@ from numpy.typing import NDArray
 from q4jax.config import LlamaConfig
 from q4jax.errors import ConfigError
 from q4jax.formats.checkpoint import Bytes, Checkpoint, Sink, Tensor, floats
+from q4jax.formats.group_blocks import as_ggml_blocks
 from q4jax.offline.blockwise import BLOCK_METHODS
 from q4jax.offline.layerwise import LayerRunner, input_of, takes_input
 from q4jax.offline.scheme import NEEDS_TEXT, Scheme, check_source
-from q4jax.quant import kquants
-from q4jax.quant.convert import as_planned
+from q4jax.quant import kquants, search
+from q4jax.quant.convert import as_planned, to_blocks
 from q4jax.quant.fits import FITS
 from q4jax.quant.grid import Floats, Grid, GroupArray, quantize
 from q4jax_kernels.block_array import block_shape
 
+# The types of blocks of 32 are group-wise integers.
+_GRIDS = {
+  "q4_0": Grid(4, 32, "signed"),
+  "q4_1": Grid(4, 32, "minimum"),
+  "q5_0": Grid(5, 32, "signed"),
+  "q5_1": Grid(5, 32, "minimum"),
+}
 # Importance float32[K] of a matrix's inputs, by the input's name (`input_of`).
 Importance = Mapping[str, NDArray[np.float32]]
 OpenSink = Callable[[list[Tensor]], Sink]
@@ -119,7 +127,16 @@ def _rows(
     return source.rows(name)
   w = floats(source, name)
   if plan in kquants.FORMATS:
-    return kquants.quantize(w, plan, _importance(importance, name, source.config))
+    weight = _importance(importance, name, source.config)
+    grid = _GRIDS.get(plan)
+    if weight is None or grid is None:
+      return kquants.quantize(w, plan, weight)
+    # ggml's formula for these types looks at the largest weight alone; a search can be guided.
+    found = quantize(w, grid, search.fit(w, grid, weight))
+    if plan in ("q4_0", "q4_1"):
+      blocks = as_planned(found)
+      return as_ggml_blocks(np.asarray(blocks.data), blocks.format)
+    return np.asarray(to_blocks(found, plan).data)
   return as_floats(w, plan)
 
 
