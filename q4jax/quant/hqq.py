@@ -101,15 +101,19 @@ def shrink(x: Floats, p: float, beta: float) -> Floats:
   """The e that minimises |e|^p + beta / 2 (e - x)^2, elementwise: 0, or the larger root.
 
   0 where |x| is at most t = (2 - p) / (2 (1 - p)) * (2 (1 - p) / beta)^(1 / (2 - p)); beyond it the
-  root of e = |x| - p / beta e^(p-1) by fixed-point steps, which converge from |x| down.
+  root of e - |x| + p / beta e^(p-1), which is convex and grows: Newton's steps come down from |x|.
   """
-  size = np.abs(x)
   least = (2 * (1 - p) / beta) ** (1 / (2 - p))  # The smallest e that is not 0.
   threshold = least + p / beta * least ** (p - 1)
-  e = np.maximum(size, np.float32(least))
-  for _ in range(8):
-    e = np.maximum(size - np.float32(p / beta) * _power(e, p - 1), np.float32(least))
-  return np.where(size > threshold, np.copysign(e, x), np.float32(0))
+  beyond = np.abs(x) > threshold
+  size = np.abs(x[beyond])
+  e = size
+  for _ in range(4):
+    pull = np.float32(p / beta) * _power(e, p - 1)
+    e = np.maximum(e - (e - size + pull) / (1 - np.float32(1 - p) * pull / e), np.float32(least))
+  out = np.zeros_like(x)
+  out[beyond] = np.copysign(e, x[beyond])
+  return out
 
 
 def _power(x: Floats, p: float) -> Floats:
