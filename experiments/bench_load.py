@@ -1,13 +1,13 @@
-r"""Time and memory that loading a model takes: a GGUF, its .qbin, and llama.cpp's own mapping of it.
+r"""What loading a model takes, time and memory: a GGUF, its .qbin, llama.cpp mapping the GGUF.
 
   python -m experiments.bench_load --model=8b.gguf --qbin=8b.qbin --llama_folder=build/bin \
     --out=experiments/results/load_8b.json
 
 The .qbin is written first if it is not there. Each load is a process of its own, after all imports,
-and reads files that are in the page cache (`--warm` reads them once before). Peak and resident
+and reads files that are in the page cache (each is read once before). Peak and resident
 memory are what the load added (VmHWM, VmRSS), files that are mapped in included; anonymous memory
-(RssAnon) is what the system cannot drop. Then one token is computed, which touches every weight:
-seconds until it is there, compilation apart from llama.cpp, which has none.
+(RssAnon) is what the system cannot drop. Then q4jax computes one token, which touches every weight
+(first_token_s, compilation included; anonymous_after is with the compiled programs).
 
 llama.cpp is driven through libllama.so (ctypes; the struct is that of llama.h at commit 0c1e57098),
 with its weights repacked, as it does by default, and as they lie in the file.
@@ -38,7 +38,6 @@ class Config:
   qbin: str = option("", "The same model as .qbin; written if it does not exist.")
   llama_folder: str = option("", "Folder of libllama.so; no llama.cpp without it.")
   reps: int = option(3, "Loads of each side, in turn.")
-  warm: bool = option(True, "Read each file once before, so that the disk is not measured.")
   out: str = option("", "File to write the records to, as JSON.")
 
 
@@ -140,10 +139,11 @@ def run(config: Config) -> list[dict[str, Any]]:
   records = []
   for rep in range(config.reps):
     for name, arguments in sides.items():
-      if config.warm:
-        _read(arguments[1])
+      _read(arguments[1])
       command = [sys.executable, "-m", "experiments.bench_load", "--child", *arguments]
-      child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+      # llama.cpp tells of every tensor on stderr.
+      quiet = subprocess.DEVNULL if "llama" in name else None
+      child = subprocess.run(command, stdout=subprocess.PIPE, stderr=quiet, text=True, check=True)
       size = Path(arguments[1]).stat().st_size
       records.append({"side": name, "rep": rep, "file": size, **json.loads(child.stdout)})
       print(f"{name}: {records[-1]}", file=sys.stderr)

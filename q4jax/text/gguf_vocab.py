@@ -6,7 +6,7 @@ number and lengths of tokens, which bound the work, have limits far above any re
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,7 @@ def _sentencepiece(
     raise TokenizerError(f"{_PREFIX}scores holds a value that is no number. {_HELP}")
   ids = plain_ids(texts, kinds)
   pieces = {text: id for text, id in ids.items() if kinds[id] != Kind.BYTE}
-  ranked = sorted(m for text, id in pieces.items() for m in _splits(text, id, scores[id], pieces))
+  ranked = _splits(pieces, scores)
   merges = [merge[-2:] for merge in ranked]
   tokenizer = Tokenizer(build_bpe(ids, merges, len(texts), byte_fallback=True, fuse_unk=True))
   prefix = [normalizers.Prepend(SPACE)] if adds_space else []
@@ -129,19 +129,19 @@ def _sentencepiece(
   return tokenizer
 
 
-def _splits(
-  piece: str, id: int, score: float, pieces: Mapping[str, int]
-) -> Iterator[tuple[float, int, str, str]]:
-  """The merges that make a piece, each behind a key that sorts them as SentencePiece merges.
+def _splits(pieces: Mapping[str, int], scores: list[float]) -> list[tuple[float, int, str, str]]:
+  """The merges that make each piece, each behind a key, sorted as SentencePiece merges.
 
   SentencePiece takes the best score and the leftmost of equals; the library takes the first pair in
   the list and the leftmost of equals. The order of the pairs that make one piece was never seen to
   matter; pieces of equal score, which only files without real scores have, go by their ids.
   """
-  for cut in range(1, len(piece)):
-    left, right = piece[:cut], piece[cut:]
-    if left in pieces and right in pieces:
-      yield -score, id, left, right
+  return sorted(
+    (-scores[id], id, piece[:cut], piece[cut:])
+    for piece, id in pieces.items()
+    for cut in range(1, len(piece))
+    if piece[:cut] in pieces and piece[cut:] in pieces
+  )
 
 
 def _texts(metadata: Mapping[str, Any]) -> list[str]:
@@ -165,17 +165,18 @@ def _texts(metadata: Mapping[str, Any]) -> list[str]:
 def _kinds(metadata: Mapping[str, Any], texts: list[str], byte_level: bool) -> list[Kind]:
   """Every token's kind; what ends a turn is for control, whatever the file says."""
   numbers = _numbers(metadata, "token_type", len(texts), int)
-  kinds = []
-  for id, (text, number) in enumerate(zip(texts, numbers, strict=True)):
-    kind = _KINDS.get(number)
-    if kind is None:
-      raise TokenizerError(f"{_PREFIX}token_type[{id}] is {number}; expected 1 to 6. {_HELP}")
-    if kind == Kind.BYTE and (byte_level or not BYTE_TEXT.fullmatch(text)):
+  # Tokens are 10^5, and loading waits: what is rare is looked for in passes without a body.
+  for id in [id for id, number in enumerate(numbers) if number not in _KINDS]:
+    raise TokenizerError(f"{_PREFIX}token_type[{id}] is {numbers[id]}; expected 1 to 6. {_HELP}")
+  for id in [id for id, number in enumerate(numbers) if number == Kind.BYTE.value]:
+    if byte_level or not BYTE_TEXT.fullmatch(texts[id]):
       raise TokenizerError(
-        f"{_PREFIX}tokens[{id}] is {text[:80]!r} and of type 6 (a byte); expected '<0x00>' to "
+        f"{_PREFIX}tokens[{id}] is {texts[id][:80]!r} and of type 6 (a byte); expected '<0x00>' to "
         f"'<0xFF>' in a 'llama' vocabulary. {_HELP}"
       )
-    kinds.append(Kind.CONTROL if text in ENDS else kind)
+  kinds = [_KINDS[number] for number in numbers]
+  for id in [id for id, text in enumerate(texts) if text in ENDS]:
+    kinds[id] = Kind.CONTROL
   return kinds
 
 
