@@ -161,9 +161,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(_: list[str]) -> None:
   f = flags.FLAGS
-  config = Config(
-    f.model, f.file, f.calibration_text, tuple(f.types), f.ctx, f.chunks, f.seed
-  )
+  config = Config(f.model, f.file, f.calibration_text, tuple(f.types), f.ctx, f.chunks, f.seed)
   records = run(config)
   out = Path(f.out)
   provenance.save(out, config, records)
