@@ -37,6 +37,16 @@ class Moments:
     return np.asarray(self.sum_squares / np.float32(self.count))
 
 
+def is_imatrix(path: str | Path) -> bool:
+  """Whether a GGUF calls itself an importance matrix.
+
+  Raises:
+    FormatError: it is no GGUF.
+  """
+  with GGUFFile.open(path) as file:
+    return file.metadata.get("general.type") == "imatrix"
+
+
 def read(path: str | Path) -> dict[str, Moments]:
   """The moments by the matrix's name ("blk.0.attn_q.weight").
 

@@ -48,7 +48,7 @@ def save_sums(path: Path, sums: Mapping[str, Sums]) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, Sums]:
-  """The sums of all inputs, by name ("blk.0.attn_q", "output").
+  """The sums of all inputs, by name ("blk.0.attn_q", "output"); or those of one file of the folder.
 
   Raises:
     FormatError: no calibration, or a file that is damaged.
@@ -57,7 +57,7 @@ def read_sums(folder: Path) -> dict[str, Sums]:
   from safetensors.numpy import load
 
   sums: dict[str, Sums] = {}
-  for path in sorted(folder.glob("*.safetensors")):
+  for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
     try:
       arrays = load(path.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from q4jax import records
 from q4jax.errors import ConfigError, FormatError
+from q4jax.formats import imatrix
 from q4jax.formats.checkpoint import FLOAT_FORMATS, Bytes, Checkpoint, Tensor
 from q4jax.formats.open import open_checkpoint
 from q4jax.formats.qbin import QbinCheckpoint
+from q4jax.offline import calibration
 from q4jax_kernels.block_array import FIELDS, PIECES, ROWS, block_shape
 from q4jax_kernels.q4_formats import Q4_FORMATS
 
@@ -75,6 +77,10 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
     try:
       if file.suffix == ".json":
         report.records += len(records.loads(file.read_bytes(), str(file))[0])
+      elif file.suffix == ".safetensors":
+        report.tensors += len(calibration.read_sums(file))
+      elif file.suffix == ".gguf" and imatrix.is_imatrix(file):
+        report.tensors += len(imatrix.read(file))
       else:
         _verify_model(file, report, progress)
     except FormatError as error:
@@ -87,7 +93,8 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
 def _files(path: Path) -> list[Path]:
   if not path.is_dir() or (path / "config.json").exists():
     return [path]  # A folder with a config.json is one model.
-  files = sorted(p for p in path.iterdir() if p.suffix in (".gguf", ".qbin") or _is_calibration(p))
+  suffixes = (".gguf", ".qbin", ".safetensors")
+  files = sorted(p for p in path.iterdir() if p.suffix in suffixes or _is_calibration(p))
   if not files:
     raise ConfigError(f"{path} holds no .gguf, no .qbin and no calibration; name another folder.")
   return files
