@@ -27,9 +27,9 @@ def test_from_calibration_to_a_model_that_is_better_for_it(
   q4jax: Run, tmp_path: Path, short_text: Path
 ) -> None:
   small = (f"--text={short_text}", "--ctx=64", "--sequences=8")
-  made = q4jax("calibrate", SOURCE, tmp_path / "cal", *small, "--weight_bits=4", "--json")
-  row = json.loads(made.out)
-  assert made.code == 0 and (row["sequences"], row["ctx"]) == (8, 64)
+  result = q4jax("calibrate", SOURCE, tmp_path / "cal", *small, "--weight_bits=4", "--json")
+  row = json.loads(result.out)
+  assert result.code == 0 and (row["sequences"], row["ctx"]) == (8, 64)
   assert row["records"] == 4 * (7 + 7 + 2) + 1
   assert q4jax("verify", tmp_path / "cal").code == 0
   errors = {}
@@ -45,12 +45,12 @@ def test_from_calibration_to_a_model_that_is_better_for_it(
   assert errors["guided"]["mean_relative_l2"] > errors["plain"]["mean_relative_l2"]
   assert len(errors["plain"]["tensors"]) == 29
   with (
-    GGUFCheckpoint.open(tmp_path / "plain.gguf") as made_file,
+    GGUFCheckpoint.open(tmp_path / "plain.gguf") as made,
     GGUFCheckpoint.open(SOURCE) as f16,
   ):
-    assert made_file.metadata["general.file_type"] == 15
+    assert made.metadata["general.file_type"] == 15
     want = kquants.quantize(floats(f16, "blk.2.attn_k.weight"), "q4_k")
-    np.testing.assert_array_equal(made_file.rows("blk.2.attn_k.weight"), want)
+    np.testing.assert_array_equal(made.rows("blk.2.attn_k.weight"), want)
 
 
 @pytest.mark.parametrize(
