@@ -20,6 +20,7 @@ from q4jax.quant.fits import FITS
 from q4jax.quant.grid import Floats, Grid, GroupArray, quantize
 from q4jax_kernels.block_array import block_shape
 
+_CHUNK = 1 << 24  # Weights in float32 at once, where rows do not depend on each other.
 # The types of blocks of 32 are group-wise integers.
 _GRIDS = {
   "q4_0": Grid(4, 32, "signed"),
@@ -64,7 +65,7 @@ def quantize_model(
 ) -> None:
   """Writes the quantised model.
 
-  Memory: a method that looks at one matrix needs it a few times in float32; one that needs text
+  Memory: a method that looks at one matrix needs 64 MiB of it a few times in float32; with text
   (`scheme.NEEDS_TEXT`) a block in float32, its Hessians, and 4 bytes a hidden value of all tokens.
 
   Args:
@@ -118,26 +119,39 @@ def _rows(
   source: Checkpoint, name: str, scheme: Scheme, target: Tensor, importance: Importance | None
 ) -> Bytes:
   """One tensor, looked at by itself."""
-  plan = scheme.plan(source.tensors[name], source.config, importance is not None)
-  if isinstance(plan, Grid):
-    w = floats(source, name)
-    p = FITS[scheme.method](w, plan, _importance(importance, name, source.config))
-    return _blocks(quantize(w, plan, p), target)
-  if plan == source.tensors[name].format:
+  tensor = source.tensors[name]
+  plan = scheme.plan(tensor, source.config, importance is not None)
+  if plan == tensor.format:
     return source.rows(name)
-  w = floats(source, name)
-  if plan in kquants.FORMATS:
-    weight = _importance(importance, name, source.config)
-    grid = _GRIDS.get(plan)
-    if weight is None or grid is None:
-      return kquants.quantize(w, plan, weight)
-    # ggml's formula for these types looks at the largest weight alone; a search can be guided.
-    found = quantize(w, grid, search.fit(w, grid, weight))
-    if plan in ("q4_0", "q4_1"):
-      blocks = as_planned(found)
-      return as_ggml_blocks(np.asarray(blocks.data), blocks.format)
-    return np.asarray(to_blocks(found, plan).data)
-  return as_floats(w, plan)
+  weight = _importance(importance, name, source.config)
+  whole = len(tensor.shape) == 1 or (isinstance(plan, Grid) and plan.group_size == "tensor")
+  step = tensor.num_rows if whole else max(1, _CHUNK // tensor.shape[1])
+  out = np.empty((target.num_rows, target.row_bytes), np.uint8)
+  for start in range(0, tensor.num_rows, step):
+    stop = min(start + step, tensor.num_rows)
+    w = floats(source, name, start, stop)
+    if isinstance(plan, Grid):
+      p = FITS[scheme.method](w, plan, weight)
+      out[start:stop] = _blocks(quantize(w, plan, p), target)
+    elif plan in kquants.FORMATS:
+      out[start:stop] = _ggml_blocks(w, plan, weight)
+    else:
+      out[start:stop] = as_floats(w, plan)
+    if not whole:
+      source.release(name)  # A large table's pages would all stay otherwise.
+  return out
+
+
+def _ggml_blocks(w: Floats, format: str, weight: NDArray[np.float32] | None) -> Bytes:
+  grid = _GRIDS.get(format)
+  if weight is None or grid is None:
+    return kquants.quantize(w, format, weight)
+  # ggml's formula for these types looks at the largest weight alone; a search can be guided.
+  found = quantize(w, grid, search.fit(w, grid, weight))
+  if format in ("q4_0", "q4_1"):
+    blocks = as_planned(found)
+    return as_ggml_blocks(np.asarray(blocks.data), blocks.format)
+  return np.asarray(to_blocks(found, format).data)
 
 
 def _block_rows(
