@@ -1,8 +1,8 @@
 r"""The KV cache's quality table: perplexity, KL and agreement against bytes, store by store and
 policy by policy.
 
-  python -m experiments.kv_quality --model=tiny --text=book.txt \
-    --rows=int8,int4r,keep60,int4r+keep60 --out=experiments/results/kv_quality.json
+  python -m experiments.kv_quality --rows=int8,int4r,keep60,int4r+keep60   # a minute on two cores
+  python -m experiments.kv_quality --text=book.txt --out=experiments/results/kv_quality.json
 
 The text is cut into sequences; each is read to its middle densely, compressed, and stepped through
 token by token (q4jax/kv/quality.py). Rows are joined of parts by "+":
@@ -16,21 +16,15 @@ token by token (q4jax/kv/quality.py). Rows are joined of parts by "+":
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from absl import app
-
-import q4jax
-from experiments import config_flags
+from experiments import inputs, plots, stepping
 from experiments.config_flags import option
-from experiments.provenance import markdown, save
+from experiments.experiment import Claim, command, each
 from q4jax.errors import ConfigError
 from q4jax.kv.config import KVConfig
 from q4jax.kv.policy import get_policy, policy_names
 from q4jax.kv.protect import Protect
-from q4jax.kv.quality import Quality, stepped_quality
 from q4jax.kv.select import UnionRank
 from q4jax_kernels.kv_format import KVFormat
 
@@ -40,7 +34,7 @@ class Config:
   """What to evaluate."""
 
   model: str = option("tiny", "A model that q4jax.load takes.")
-  text: str = option("", "A text file.")
+  text: str = option("held_out", "held_out or calibration, a file, or hf://datasets/...")
   rows: tuple[str, ...] = option(
     ("f16", "int8", "int4", "int4r", "k8v4r", "keep60", "int8+keep60", "int4r+keep60"),
     "Rows of the table; see above.",
@@ -95,45 +89,15 @@ def run(config: Config) -> list[dict[str, Any]]:
     raise ConfigError(
       f"--sequences={config.sequences} are no whole number of batches of --batch={config.batch}."
     )
-  model = q4jax.load(config.model)
+  model = inputs.model(config.model)
   kvs = {row: kv_config(row, config, model.config.head_dim) for row in config.rows}
-  tokens = np.asarray(
-    model.tokenizer.encode_parts([Path(config.text).read_text()], add_eos=False), np.int32
-  )
-  count = config.sequences * config.ctx
-  if len(tokens) < count:
-    raise ConfigError(
-      f"--text has {len(tokens)} tokens; {config.sequences} sequences of {config.ctx} need {count}."
-    )
-  sequences = tokens[:count].reshape(config.sequences, config.ctx).copy()
-  bos = model.tokenizer.encode_parts([], add_eos=False)
-  sequences[:, : len(bos)] = bos
+  sequences = inputs.sequences(model, config.text, config.sequences, config.ctx)
   records = []
   for row, kv in kvs.items():
-    parts = [
-      stepped_quality(model, sequences[i : i + config.batch], config.ctx // 2, kv)
-      for i in range(0, config.sequences, config.batch)
-    ]
-    records.append({"row": row, **_joined(parts), "bits": kv.bits_per_value(model.config.head_dim)})
+    measured = stepping.measure(model, sequences, kv, config.batch)
+    records.append({"row": row, **measured, "bits": kv.bits_per_value(model.config.head_dim)})
     print(f"{row}: {records[-1]['ratio']:.4f}", file=sys.stderr, flush=True)
   return records
-
-
-def _joined(parts: list[Quality]) -> dict[str, float]:
-  """Means of equally large batches."""
-  mean = lambda values: float(np.mean(list(values)))  # noqa: E731
-  log_ratio = mean(np.log(p.ratio) for p in parts)
-  return {
-    "ppl": float(np.exp(mean(np.log(p.ppl) for p in parts))),
-    "dense_ppl": float(np.exp(mean(np.log(p.dense_ppl) for p in parts))),
-    "ratio": float(np.exp(log_ratio)),
-    "ratio_stderr": float(np.sqrt(mean(p.ratio_stderr**2 for p in parts) / len(parts))),
-    "kl": mean(p.kl for p in parts),
-    "top1": mean(p.top1 for p in parts),
-    "keep_ratio": mean(p.usage.keep_ratio for p in parts),
-    "compression": mean(p.usage.compression for p in parts),
-    "tokens": sum(p.tokens for p in parts),
-  }
 
 
 def table(records: list[dict[str, Any]]) -> list[list[str]]:
@@ -163,19 +127,29 @@ def table(records: list[dict[str, Any]]) -> list[list[str]]:
   ]
 
 
-def main(_: list[str]) -> None:
-  config = config_flags.read(Config)
-  if not config.text:
-    raise app.UsageError("--text is needed.")
-  try:
-    records = run(config)
-  except q4jax.Q4JaxError as error:
-    raise app.UsageError(str(error)) from error
-  print(markdown(table(records)))
-  if config.out:
-    save(config.out, config, records)
+def plot(records: list[dict[str, Any]], path: str) -> None:
+  """The change of perplexity against bytes, a point for each row."""
+  with plots.figure(path, width=9) as (axis,):
+    for r in records:
+      plots.with_interval(axis, [1 / r["compression"]], [r], label=r["row"])
+    plots.change_axis(axis, xlabel="bytes of a float16 cache", title="stores and policies")
+    axis.legend(fontsize="small", ncols=2)
 
+
+def quick() -> list[Config]:
+  """Seven rows, a minute."""
+  rows = ("f16", "int8", "int4r", "k8v4r", "keep60", "int4r+keep60", "int4r+keep60+value_snap")
+  return each(Config(rows=rows, sequences=8, batch=8, recent=32), "rows")
+
+
+def full() -> list[Config]:
+  """All stores, and every policy at two shares."""
+  policies = [f"keep{keep}+{name}" for keep in (60, 40) for name in policy_names()]
+  return each(Config(rows=(*Config().rows, *policies), sequences=64, ctx=896), "rows")
+
+
+CLAIMS: tuple[Claim, ...] = ()
+VERSION = 1
 
 if __name__ == "__main__":
-  config_flags.define(Config)
-  app.run(main)
+  command(__name__)

@@ -31,12 +31,13 @@ from absl import app
 import q4jax
 from experiments import config_flags, kv_quality
 from experiments.config_flags import option
+from experiments.experiment import Claim
 from experiments.provenance import markdown, provenance
-from experiments.retrieval import plot
+from experiments.retrieval import plot as curves
 from experiments.retrieval.steps import MODES, Programs, read, right
 from experiments.retrieval.tasks import TASKS, Sizes
 from experiments.tiny import checkpoint
-from q4jax.errors import ConfigError
+from q4jax.errors import ConfigError, MissingDependencyError
 from q4jax.kv.config import KVConfig
 from q4jax.kv.policy import get_policy, policy_names
 
@@ -163,6 +164,26 @@ def table(records: list[dict[str, Any]]) -> list[list[str]]:
   return lines
 
 
+def plot(records: list[dict[str, Any]], path: str) -> None:
+  """Accuracy against keep, a panel for each task and mode."""
+  curves.plot(records, path)
+
+
+def quick() -> list[Config]:
+  """Four policies at three shares, a minute and a half."""
+  names = ("snapkv", "keydiff", "streaming", "random")
+  return [Config(policies=names, keeps=(0.6, 0.4, 0.2), rows=(DENSE, "f16", "int4r"), samples=50)]
+
+
+def full() -> list[Config]:
+  """The whole table."""
+  return [Config()]
+
+
+CLAIMS: tuple[Claim, ...] = ()
+VERSION = 1
+
+
 def _previous(config: Config, digest: str) -> list[dict[str, Any]]:
   """The records in --out; none if there is no file. ConfigError if they are of something else."""
   if not config.resume or not Path(config.out).exists():
@@ -196,9 +217,9 @@ def main(_: list[str]) -> None:
   checkpoint.write_atomic(path, text.encode())
   path.with_suffix(".md").write_text(markdown(table(records)) + "\n")
   try:
-    plot.plot(records, str(path.with_suffix(".png")))
-  except ImportError:
-    print("no plot: matplotlib is not installed (pip install 'q4jax[viz]').", file=sys.stderr)
+    plot(records, str(path.with_suffix(".png")))
+  except MissingDependencyError as error:
+    print(f"no plot: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from experiments import plots
+
 FAMILIES = {
   "attention of the last queries": ("threshold", "snapkv", "value_snap", "tova"),
   "attention of all queries": ("h2o", "scissorhands", "vatp"),
@@ -15,11 +17,7 @@ _STYLES = ("-o", "--s", ":^", "-.D", "-x", "--+")
 
 def plot(records: list[dict[str, Any]], path: str) -> None:
   """Accuracy against keep: a column for each task, a row for each mode, a line for each policy."""
-  import matplotlib  # type: ignore[import-not-found,unused-ignore]
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
+  pyplot = plots.pyplot()
   tasks, modes = (list(dict.fromkeys(r[key] for r in records)) for key in ("task", "mode"))
   figure, axes = pyplot.subplots(
     len(modes), len(tasks), figsize=(11, 6.5), sharex=True, sharey=True, squeeze=False

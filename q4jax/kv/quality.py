@@ -34,6 +34,8 @@ class Quality:
     top1: share of tokens whose likeliest successor is the same.
     tokens: tokens scored.
     usage: what the cache held in the end.
+    by_sequence: of each sequence, the mean of its tokens' losses minus the dense cache's; the mean
+      of these is ln(ratio).
   """
 
   ppl: float
@@ -43,6 +45,7 @@ class Quality:
   top1: float
   tokens: int
   usage: KVUsage
+  by_sequence: tuple[float, ...]
 
   @property
   def ratio(self) -> float:
@@ -99,6 +102,7 @@ def stepped_quality(
     top1=float(same.mean()),
     tokens=nll.size,
     usage=compressed.usage,
+    by_sequence=tuple(by_sequence.tolist()),
   )
 
 

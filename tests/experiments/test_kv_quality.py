@@ -116,7 +116,10 @@ def test_a_run(small: Config) -> None:
   records = kv_quality.run(small)
   (r,) = records
   assert r["row"] == "int4r+keep60+knorm" and r["bits"] == 5
-  assert all(math.isfinite(v) for k, v in r.items() if k != "row")
+  by_sequence = r["by_sequence"]
+  assert all(math.isfinite(v) for k, v in r.items() if k not in ("row", "by_sequence"))
+  assert len(by_sequence) == 4 and math.log(r["ratio"]) == pytest.approx(np.mean(by_sequence))
+  assert r["ratio_low"] < r["ratio"] < r["ratio_high"]
   assert r["ppl"] == pytest.approx(r["dense_ppl"] * r["ratio"])
   assert r["tokens"] == 4 * 59 and 0 < r["top1"] <= 1 and r["kl"] > 0 and r["ratio_stderr"] > 0
   assert r["keep_ratio"] == pytest.approx((36 + 59) / 119) and r["compression"] > 1
