@@ -62,7 +62,7 @@ class CalibratedModel(Model):
   @property
   def calibration(self) -> Table:
     """What is in force: float32[R, 4], see q4jax/model/calib.py."""
-    return np.asarray(self.leaves[self._at])
+    return np.asarray(self.table)
 
   def inject(self, source: Source) -> "Injection":
     """Puts a calibration in force, for this model and all engines that it has.
@@ -86,22 +86,26 @@ class CalibratedModel(Model):
       FormatError: a file that cannot be read.
     """
     table = filled(self.layout, self.calibration, records_of(source))
-    return Injection(self, self._put(table))
+    return Injection(self, jax.device_put(table, self._sharding))
 
-  def _put(self, table: Table | jax.Array) -> list[jax.Array]:
-    """Programs get this table from now on; returns what they got before."""
-    before, leaves = self.leaves, list(self.leaves)
-    leaves[self._at] = jax.device_put(table, self._sharding)
+  @property
+  def table(self) -> jax.Array:
+    """What programs are given."""
+    return self.leaves[self._at]
+
+  @table.setter
+  def table(self, table: jax.Array) -> None:
+    leaves = list(self.leaves)
+    leaves[self._at] = table
     self.leaves = leaves  # One assignment: a thread that decodes sees the old table or the new.
-    return before
 
 
 class Injection:
   """A calibration in force, until it is undone. See `CalibratedModel.inject`."""
 
-  def __init__(self, model: CalibratedModel, before: list[jax.Array]):
-    self._model, self._before = model, before
-    self._mine, self._done = model.leaves, False
+  def __init__(self, model: CalibratedModel, table: jax.Array):
+    self._model, self._before, self._mine, self._done = model, model.table, table, False
+    model.table = table
 
   def undo(self) -> None:
     """What was in force before is again; a second call does nothing.
@@ -111,9 +115,9 @@ class Injection:
     """
     if self._done:
       return
-    if self._model.leaves is not self._mine:
+    if self._model.table is not self._mine:
       raise ConfigError("another calibration was injected after this one; undo that one first.")
-    self._model.leaves, self._done = self._before, True
+    self._model.table, self._done = self._before, True
 
   def __enter__(self) -> "Injection":
     return self

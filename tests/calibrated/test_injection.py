@@ -182,12 +182,12 @@ def test_all_sources_say_the_same(
 
 def test_a_model_keeps_its_own(model: Model, folder: Path) -> None:
   own = with_calibration(model, folder)
-  before, leaves = own.calibration, own.leaves
+  before, table = own.calibration, own.table
   with own.inject({"blk.0.key": (np.ones(2), 0)}):
     [stored] = jax.tree.leaves(nnx.state(own.module, Calib))
     np.testing.assert_array_equal(stored, before)
     assert not np.array_equal(own.calibration, before)
-  assert own.leaves is leaves
+  assert own.table is table
   with pytest.raises(ConfigError, match="has slots for a calibration already"):
     with_calibration(own)
 
@@ -252,13 +252,13 @@ def test_refused_and_nothing_is_half_injected(
   calibrated: CalibratedModel, source: Source, says: str
 ) -> None:
   calibrated.inject({"blk.1.ffn_down.weight": (0.5, 3)})
-  leaves, table = calibrated.leaves, calibrated.calibration
+  leaves, values = calibrated.leaves, calibrated.calibration
   if isinstance(source, dict):
     source = {"blk.1.attn_output.weight": (0.25, 0), **source}
   with pytest.raises(ConfigError, match=says):
     calibrated.inject(source)
   assert calibrated.leaves is leaves
-  np.testing.assert_array_equal(calibrated.calibration, table)
+  np.testing.assert_array_equal(calibrated.calibration, values)
 
 
 def test_bad_files_are_named(calibrated: CalibratedModel, tmp_path: Path) -> None:
