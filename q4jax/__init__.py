@@ -17,6 +17,7 @@ from q4jax.errors import (
 )
 
 if TYPE_CHECKING:
+  from q4jax.calibrated import CalibratedModel, with_calibration
   from q4jax.config import LlamaConfig
   from q4jax.engine import Engine, SamplingParams
   from q4jax.loading import load
@@ -26,14 +27,17 @@ __version__ = "0.1.0"
 
 # Imported on first use: `q4jax --help` and errors need not wait for JAX.
 _LAZY = {
+  "CalibratedModel": "q4jax.calibrated",
   "Engine": "q4jax.engine",
   "LlamaConfig": "q4jax.config",
   "Model": "q4jax.model.model",
   "SamplingParams": "q4jax.engine",
   "load": "q4jax.loading",
+  "with_calibration": "q4jax.calibrated",
 }
 
 __all__ = [
+  "CalibratedModel",
   "ChatTemplateError",
   "ConfigError",
   "DownloadError",
@@ -49,6 +53,7 @@ __all__ = [
   "SamplingParams",
   "TokenizerError",
   "load",
+  "with_calibration",
 ]
 
 

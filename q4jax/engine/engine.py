@@ -257,7 +257,6 @@ class Engine:
     padding = batch - len(ids)
     slots = bucket(max(len(r) + n for r, n in zip(ids, limits, strict=True)), least=256)
     programs = Programs.of(self.model, logprobs=logprobs is not None)
-    leaves = self.model.leaves
     rows = [replace(params, seed=seed) for seed in seeds + [0] * padding]
     arrays = SamplingArrays.of(rows)
     stop_ids = self._stop_ids()
@@ -277,7 +276,7 @@ class Engine:
       state = replace(state, cache=compressed.state)
       timing.kv = compressed.usage
     limit = jnp.asarray(room, jnp.int32)
-    state, output = programs.first(leaves, state, hidden, arrays, limit, stop_ids)
+    state, output = programs.first(self.model.leaves, state, hidden, arrays, limit, stop_ids)
     output.token.block_until_ready()
     known = 0 if prefixes is None else int(prefixes.tokens.sum())
     timing.prefilled(sum(map(len, ids)), known, time.perf_counter() - began)
@@ -294,7 +293,8 @@ class Engine:
             assert isinstance(state.cache, Compressed)
             running = np.array([b in open_rows and step + 1 < room[b] for b in range(batch)])
             state = replace(state, cache=compressed.before_step(state.cache, state.length, running))
-          state, ahead = programs.decode(leaves, state, arrays, stop_ids)
+          # Asked for anew each time: a calibration may be injected between two tokens.
+          state, ahead = programs.decode(self.model.leaves, state, arrays, stop_ids)
         tokens = np.asarray(output.token)
         if compressed is not None:
           compressed.take_back(running & np.isin(tokens, list(self.model.tokenizer.stop_ids)))

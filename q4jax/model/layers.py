@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from q4jax.config import LlamaConfig
 from q4jax.model.caches import KVCache, Span, attend
+from q4jax.model.calib import PLAIN, Plain, Slots
 from q4jax.model.rope import rotate
 from q4jax_kernels.attention import causal_attention
 from q4jax_kernels.block_array import BlockArray
@@ -115,6 +116,7 @@ class Attention(nnx.Module):
     c, prefix = config, f"blk.{layer}."
     q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     self.config, self.layer, self.matmul = config, layer, matmul
+    self.slots: Slots | Plain = PLAIN
     self.q = variable(make(f"{prefix}attn_q.weight", (q_dim, c.d_model)))
     self.k = variable(make(f"{prefix}attn_k.weight", (kv_dim, c.d_model)))
     self.v = variable(make(f"{prefix}attn_v.weight", (kv_dim, c.d_model)))
@@ -137,7 +139,7 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, KVCache | None]:
     """x [B, T, D] -> (y [B, T, D], cache). Without a cache, plain causal attention over T."""
     c, (b, t, _) = self.config, x.shape
-    q, k, v = self.matmul(x, [self.q, self.k, self.v])
+    q, k, v = self.matmul(self.slots.input("attn_q", x), [self.q, self.k, self.v])
     if c.qkv_bias:
       q, k, v = (
         a + bias.get_value().astype(a.dtype).reshape(1, 1, -1)
@@ -149,13 +151,14 @@ class Attention(nnx.Module):
     if c.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    k, v = self.slots.heads("key", k), self.slots.heads("value", v)
     if cache is None or span is None:
       dtype = self.matmul.dtype
       out = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
     else:
       out, cache = attend(q, k, v, cache, span, self.layer)
     out = out.astype(x.dtype).reshape(b, t, c.num_heads * c.head_dim)
-    return self.matmul(out, [self.output])[0], cache
+    return self.matmul(self.slots.input("attn_output", out), [self.output])[0], cache
 
 
 class FeedForward(nnx.Module):
@@ -163,13 +166,14 @@ class FeedForward(nnx.Module):
 
   def __init__(self, config: LlamaConfig, make: Make, prefix: str, matmul: Matmul):
     self.matmul = matmul
+    self.slots: Slots | Plain = PLAIN
     self.gate = variable(make(f"{prefix}ffn_gate.weight", (config.d_ffn, config.d_model)))
     self.up = variable(make(f"{prefix}ffn_up.weight", (config.d_ffn, config.d_model)))
     self.down = variable(make(f"{prefix}ffn_down.weight", (config.d_model, config.d_ffn)))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate, up = self.matmul(x, [self.gate, self.up])
-    return self.matmul(jax.nn.silu(gate) * up, [self.down])[0]
+    gate, up = self.matmul(self.slots.input("ffn_gate", x), [self.gate, self.up])
+    return self.matmul(self.slots.input("ffn_down", jax.nn.silu(gate) * up), [self.down])[0]
 
 
 class Embedding(nnx.Module):

@@ -6,6 +6,7 @@ from flax import nnx
 
 from q4jax.config import LlamaConfig
 from q4jax.model.caches import KVCache, Span
+from q4jax.model.calib import PLAIN, Plain, Slots
 from q4jax.model.layers import (
   FLOAT32,
   Attention,
@@ -57,6 +58,7 @@ class Llama(nnx.Module):
 
   def __init__(self, config: LlamaConfig, make: Make, matmul: Matmul = FLOAT32):
     self.config, self.matmul = config, matmul
+    self.slots: Slots | Plain = PLAIN
     self.embedding = Embedding(make("token_embd.weight", (config.vocab_size, config.d_model)))
     self.rope_factors = (
       variable(make("rope_freqs.weight", (config.head_dim // 2,))) if config.rope_factors else None
@@ -104,7 +106,7 @@ class Llama(nnx.Module):
   def unembed(self, x: jax.Array) -> jax.Array:
     """Logits float32[..., V] of normalised hidden states [..., D]."""
     head = self.embedding.weight if self.output is None else self.output
-    return self.matmul(x, [head])[0].astype(jnp.float32)
+    return self.matmul(self.slots.input("output", x), [head])[0].astype(jnp.float32)
 
 
 def random_params(config: LlamaConfig, key: jax.Array, std: float = 0.02) -> Make:
