@@ -14,26 +14,28 @@ from q4jax.errors import ConfigError
 from q4jax.formats.checkpoint import Checkpoint, Sink, Tensor
 from q4jax.offline.quantize import as_floats
 from q4jax.qat import fake_quant as fq
-from q4jax.qat.student import Student
+from q4jax.qat.student import Student, finished
 from q4jax.quant.convert import as_planned, block_format
 from q4jax.quant.grid import GroupArray, Parameters
 
 
 def group_array(student: Student, name: str) -> GroupArray:
-  """A matrix of the student on its grid.
+  """A matrix of a `finished` student on its grid.
 
   Raises:
     ConfigError: a scale or minimum that float16 does not hold.
   """
-  codes, scale, minimum = _on_grid(student, name)
-  for part in (scale, minimum):
+  w, (scale, minimum) = student.weights[name].get_value(), student.parameters(name)
+  parts = [None if p is None else np.asarray(_stored(p)) for p in (scale, minimum)]
+  for part in parts:
     if part is not None and not np.isfinite(part).all():
       raise ConfigError(
         f"{name}: a scale or minimum is not finite in float16; training has diverged. Go back to an "
         "earlier checkpoint, with a smaller learning rate."
       )
   grid = student.rounding.grid
-  half = [None if p is None else np.asarray(p).astype(np.float16) for p in (scale, minimum)]
+  half = [None if p is None else p.astype(np.float16) for p in parts]
+  codes = w.astype(jnp.uint8) if student.rounding.fixed_codes else _codes(w, scale, minimum, grid)
   return GroupArray(np.asarray(codes), Parameters(half[0], half[1]), grid)  # type: ignore[arg-type]
 
 
@@ -48,6 +50,7 @@ def write(student: Student, source: Checkpoint, open_sink: Callable[[list[Tensor
   Raises:
     ConfigError: see `group_array`; or no format that a model runs holds such a grid.
   """
+  student = finished(student)
   planned = [_planned(student, tensor) for tensor in source.tensors.values()]
   with open_sink(planned) as sink:
     for tensor in planned:
@@ -74,20 +77,5 @@ def _rows(student: Student, source: Checkpoint, tensor: Tensor) -> np.ndarray:
   return source.rows(tensor.name)
 
 
-def _on_grid(
-  student: Student, name: str
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  scale, minimum = student.parameters(name)
-  return (
-    _codes(student, name),
-    jax.jit(fq.stored)(scale),
-    None if minimum is None else jax.jit(fq.stored)(minimum),
-  )
-
-
-def _codes(student: Student, name: str) -> jax.Array:
-  """Compiled from the variables, as the forward pass is."""
-  from flax import nnx
-
-  graph, state = nnx.split(student)
-  return jnp.asarray(jax.jit(lambda s: nnx.merge(graph, s).codes(name))(state))
+_codes = jax.jit(fq.codes, static_argnums=3)
+_stored = jax.jit(fq.stored)

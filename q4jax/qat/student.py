@@ -106,13 +106,6 @@ class Student(nnx.Module):
       return fq.decode(w, scale, minimum, self.rounding.grid)
     return fq.fake_quant(w, scale, minimum, self.rounding.grid)
 
-  def codes(self, name: str) -> jax.Array:
-    """uint8[N, K]: what `weight` rounds a matrix to."""
-    w, (scale, minimum) = self.merged(name), self.parameters(name)
-    return w.astype(jnp.uint8) if self.rounding.fixed_codes else fq.codes(
-      w, scale, minimum, self.rounding.grid
-    )  # fmt: skip
-
   def merged(self, name: str) -> jax.Array:
     """A matrix before it is rounded, its low-rank update added."""
     w = self.weights[name].get_value()
@@ -203,6 +196,30 @@ def observe(student: Student, tokens: jax.Array) -> dict[str, jax.Array]:
   matmul = RoundedMatmul(student.rounding.dtype, activations="watch", products=products)
   Llama(student.config, lambda name, _: student.weight(name), matmul)(tokens)
   return {f"{i:05}": x for i, x in enumerate(matmul.seen)}
+
+
+def finished(student: Student) -> Student:
+  """The same model at rest: low-rank updates merged, and grids that follow the weights fixed."""
+  names, r = list(student.scales), student.rounding
+  if not (r.refit or student.lora_a):
+    return student
+  graph, state = nnx.split(student)
+
+  @jax.jit
+  def settle(state: nnx.State) -> tuple[dict, dict]:
+    s = nnx.merge(graph, state)
+    return {n: s.merged(n) for n in names}, {n: s.parameters(n) for n in names}
+
+  merged, grids = settle(state)
+  weights = {n: w.get_value() for n, w in student.weights.items()} | merged
+  return Student(
+    student.config,
+    weights,
+    {n: scale for n, (scale, _) in grids.items()},
+    {n: minimum for n, (_, minimum) in grids.items() if minimum is not None},
+    replace(r, refit=False),
+    observed={n: x.get_value() for n, x in student.observed.items()},
+  )
 
 
 def with_rounding(student: Student, **changes: object) -> Student:
