@@ -25,6 +25,10 @@ class ConfigError(Q4JaxError):
   """An argument or flag has a value that cannot work."""
 
 
+class TrainingError(Q4JaxError):
+  """Training cannot go on, e.g. because the loss is not finite; checkpoints are as they were."""
+
+
 class PromptError(Q4JaxError):
   """A prompt is empty, too long for the context, or of the wrong kind."""
 

@@ -62,6 +62,10 @@ class Matmul:
       return int4_matmul(x, [w], self.implementation)[0]
     return mixed_matmul(x, w, self.dtype).astype(x.dtype)
 
+  def attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention without a cache: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]."""
+    return causal_attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
+
 
 FLOAT32 = Matmul()
 
@@ -153,8 +157,7 @@ class Attention(nnx.Module):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     k, v = self.slots.heads("key", k), self.slots.heads("value", v)
     if cache is None or span is None:
-      dtype = self.matmul.dtype
-      out = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
+      out = self.matmul.attention(q, k, v)
     else:
       out, cache = attend(q, k, v, cache, span, self.layer)
     out = out.astype(x.dtype).reshape(b, t, c.num_heads * c.head_dim)
