@@ -34,6 +34,7 @@ Record = dict[str, Any]
 
 NAMES: tuple[str, ...] = (
   "quant_error",
+  "group_size",
   "kv_group_size",
   "sinks",
   "kv_quality",
