@@ -48,9 +48,7 @@ class Exported:
     """The likeliest tokens after a prompt, and the logits float32[V] that each was chosen by."""
     m, (keys, values) = self.manifest, self.empty_cache()
     if not prompt or len(prompt) + count > m["max_context"]:
-      raise SystemExit(
-        f"{len(prompt)} + {count} tokens; this export holds 1 to {m['max_context']}."
-      )
+      raise ValueError(f"{len(prompt)} + {count} tokens; this export has {m['max_context']} slots.")
     tokens, logits, at, new = [], [], 0, list(prompt)
     while len(tokens) < count and (not tokens or tokens[-1] not in m["stop_ids"]):
       name, width = ("prefill", m["chunk"]) if at < len(prompt) else ("decode", 1)

@@ -1,4 +1,4 @@
-"""`q4jax export`: reloaded in a fresh process without q4jax, beside the engine; and what it refuses."""
+"""`q4jax export`: reloaded in a fresh process without q4jax, beside the engine; what it refuses."""
 
 import importlib.util
 import json
@@ -17,9 +17,9 @@ from q4jax.formats.gguf_checkpoint import GGUFCheckpoint
 from q4jax.offline.calibrate import Options, calibrate
 from q4jax_kernels import ffi
 
-from .conftest import ROOT, Run
+from .conftest import LETTERS, ROOT, Run
 
-PROMPT = [1, *np.random.default_rng(0).integers(3, 259, 21).tolist()]
+PROMPT = np.random.default_rng(0).choice(LETTERS, 22).tolist()
 # Runs FOLDER/run.py with some packages not to be had, and saves what it makes of the prompt.
 CHILD = """
 import json, sys
