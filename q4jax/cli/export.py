@@ -1,6 +1,7 @@
 """Writes a model as StableHLO and weights, to run with JAX alone or to compile elsewhere.
 
   q4jax export tiny tiny.stablehlo
+  q4jax export model.qbin model.stablehlo --platforms=cuda --max_context=4096
   python tiny.stablehlo/run.py tiny.stablehlo 1 450 4996 --tokens=16
 
 MODEL is any model that q4jax reads; OUT becomes a folder with two functions, prefill and decode,

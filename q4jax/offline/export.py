@@ -190,7 +190,7 @@ def _lowered(model: Model, options: Options, tokens: int, slots: int) -> jax.exp
   vector = jax.ShapeDtypeStruct((batch,), int32)
   leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in model.leaves]
   # Keys and values are updated in place where the caller donates them.
-  function = model.jit(_step, donate_argnums=(1, 2))
+  function: Any = model.jit(_step, donate_argnums=(1, 2))
   native = [f"q4jax_{name}" for name in ("matmul", "take_rows", "attention")]
   allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in native]
   lower = jax.export.export(

@@ -49,7 +49,9 @@ class Exported:
     m, (keys, values) = self.manifest, self.empty_cache()
     if not prompt or len(prompt) + count > m["max_context"]:
       raise ValueError(f"{len(prompt)} + {count} tokens; this export has {m['max_context']} slots.")
-    tokens, logits, at, new = [], [], 0, list(prompt)
+    tokens: list[int] = []
+    logits: list[np.ndarray] = []
+    at, new = 0, list(prompt)
     while len(tokens) < count and (not tokens or tokens[-1] not in m["stop_ids"]):
       name, width = ("prefill", m["chunk"]) if at < len(prompt) else ("decode", 1)
       part = new[at : at + width]
