@@ -219,7 +219,7 @@ def stepped(
 def written(machine: Machine, row: str, prompt: np.ndarray, count: int) -> list[int]:
   """What an engine writes, warming up as it does."""
   machine.set_gains(0)
-  stream = q4jax.Engine(machine.model).stream(prompt, max_tokens=count, temperature=0)
+  stream = q4jax.Engine(machine.model).stream(prompt.tolist(), max_tokens=count, temperature=0)
   tokens = []
   for t, chunk in enumerate(stream):
     if chunk.token is not None:

@@ -1,8 +1,11 @@
 """The native CPU library: loaded once, its handlers registered with XLA; or None, said once."""
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -52,9 +55,22 @@ def library() -> ctypes.CDLL | None:
   return lib
 
 
+_UNUSED = contextvars.ContextVar("q4jax_native_unused", default=False)
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+  """What is loaded and traced inside uses no native kernel, as if there were none."""
+  token = _UNUSED.set(True)
+  try:
+    yield
+  finally:
+    _UNUSED.reset(token)
+
+
 def available() -> bool:
   """Whether the native kernels can run here (asking warns once if they cannot)."""
-  return library() is not None
+  return not _UNUSED.get() and library() is not None
 
 
 def isa_name(isa: str = "best") -> str | None:

@@ -26,6 +26,7 @@ COMMANDS = {
   "calibrate": "watch what flows through a model, for quantisers to use",
   "quantize": "round a model to fewer bits: mixes of k-quants, int2 to int8, GPTQ, AWQ, HQQ",
   "diff": "how far one form of a model is from another, weights and predictions",
+  "export": "a model as StableHLO, to run with JAX alone",
   "verify": "whether a model or a calibration is whole and sound",
   "demo": "the model that comes with q4jax writes a few lines",
 }

@@ -16,6 +16,8 @@ from q4jax.engine.prefill import prefill
 from q4jax.engine.programs import Programs
 from q4jax.errors import ConfigError, FormatError
 from q4jax.formats.qbin_sink import set_records
+from q4jax.kv.config import KVConfig
+from q4jax.kv.protect import Protect
 from q4jax.model.calib import Calib
 from q4jax.model.model import Model
 from q4jax.offline.calibration import read_records
@@ -137,6 +139,18 @@ def test_a_generation_under_way_sees_it(calibrated: CalibratedModel) -> None:
   got += [chunk.logprobs for chunk in stream]
   assert got[:5] == before[:5] and got[5] != before[5]
   assert engine.generate(TOKENS, **options).logprobs == before
+
+
+def test_a_compressed_cache_gets_what_was_rounded(calibrated: CalibratedModel) -> None:
+  engine = q4jax.Engine(calibrated, kv=KVConfig(protect=Protect(2, 4), block_size=16))
+  options = {"max_tokens": 8, "temperature": 0, "logprobs": 0}
+  calibrated.inject({f"blk.{i}.{x}": ([0.25, 0.5], 0) for i in (0, 1) for x in ("key", "value")})
+  rounded = engine.generate(TOKENS, **options)
+  dense = q4jax.Engine(calibrated).generate(TOKENS, **options)
+  assert rounded.tokens == dense.tokens and rounded.timing.kv is not None
+  # Codes times 0.25 are float16s: what is stored in blocks is what was rounded.
+  for a, b in zip(rounded.logprobs, dense.logprobs, strict=True):
+    assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
 def test_no_gradient_reaches_what_was_injected(folder: Path, calibrated: CalibratedModel) -> None:
