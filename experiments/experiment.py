@@ -37,7 +37,11 @@ NAMES: tuple[str, ...] = (
   "group_size",
   "kv_group_size",
   "sinks",
+  "kv_frontier",
+  "kv_threshold",
   "kv_quality",
+  "kv_bottleneck",
+  "end_to_end",
   "kv_retrieval",
 )
 
@@ -112,10 +116,13 @@ def each(config: Any, *fields: str) -> list[Any]:
 
 def key(name: str, version: int, config: Any) -> str:
   """What names the records of a config: 16 hexadecimal digits. The contents of the files that it
-  names as `model` or `text` are part of it, where they are written to is not.
+  names as models or texts are part of it, where they are written to is not.
   """
   values = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
-  files = {k: inputs.digest(inputs.where(k, values[k])) for k in ("model", "text") if values.get(k)}
+  named = {k: v for k, v in values.items() if v and (k == "text" or k.endswith("model"))}
+  files = {
+    k: inputs.digest(inputs.where("text" if k == "text" else "model", v)) for k, v in named.items()
+  }
   text = json.dumps([name, version, values, files], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -30,7 +30,9 @@ def plot(records: list[dict[str, Any]], path: str) -> None:
       for (_, names), colour in zip(FAMILIES.items(), _COLOURS, strict=True):
         for name, style in zip(names, _STYLES, strict=False):
           points = {r["keep"]: r["accuracy"] for r in mine if _is_curve(r) and r["policy"] == name}
-          if points and whole:
+          if not points:
+            continue
+          if whole:
             points[1.0] = whole[0]
           x = sorted(points)
           axis.plot(
