@@ -59,10 +59,10 @@ def cache(policy, keep, bits):
 # %% [markdown]
 # ## Look at one policy
 #
-# Top: the attention that each token gets from the last 32, by layer, all heads' mean. Note the first
-# token: it is a *sink*, which takes attention whatever it says. Middle: the policy's score, its rank
-# within the layer. Bottom: what stays. Between the lines lies what a score may evict; outside are the
-# sinks and the newest tokens.
+# Top: the attention that each token gets from the last 32, by layer, all heads' mean. Large models show
+# a bright first column, a *sink* that takes attention whatever it says; `tiny` hardly has one. Middle:
+# the policy's score, its rank within the layer. Bottom: what stays. Between the lines lies what a score
+# may evict; outside are the first and the newest tokens, which always stay.
 
 
 # %%
