@@ -73,6 +73,11 @@ format: $(INSTALLED) ## rewrite the code in the house style
 .PHONY: native
 native: $(INSTALLED) $(NATIVE) ## build the C++ CPU library where its sources changed
 
+.PHONY: notebooks
+notebooks: $(INSTALLED) $(NATIVE) ## write colab/*.ipynb from their .py, and run them on the CPU
+	$(BIN)/pip install --quiet --constraint=constraints.txt --editable '.[dev,notebooks]'
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(BIN)/python -m colab.pairing --execute
+
 # Generated code wants a runtime as new as its generator, so that is the oldest which will do.
 PROTO_BIN := .venv-proto/bin
 
@@ -100,7 +105,7 @@ check-wheel: $(INSTALLED) ## build a wheel, install it into a fresh environment 
 constraints: $(INSTALLED) ## pin the newest versions of everything anew, for all Pythons
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version=3.11 --no-annotate \
-	  --custom-compile-command='make constraints' --extra=dev --extra=serve --extra=viz \
+	  --custom-compile-command='make constraints' --extra=dev --extra=notebooks --extra=serve --extra=viz \
 	  --output-file=constraints.txt pyproject.toml
 
 .PHONY: clean

@@ -18,9 +18,10 @@ no workers, no hosts), so that any backend can run it:
   rules = ["absmax", "minimum"]
   methods = ["rtn", ["rtn", "hqq"]]
 
-A trial is known by the hash of its experiment and of all its options, those left at their defaults
-too: the same trial in two sweeps has one hash, and a changed default makes another trial. The hash
-does not see the code; the record of a trial names the commit it was measured at.
+A trial is known by the hash of its experiment (and its VERSION, where it has one) and of all its
+options, those left at their defaults too: the same trial in two sweeps has one hash, and a changed
+default makes another trial. The hash does not see the code; the record of a trial names the commit
+it was measured at.
 """
 
 import dataclasses
@@ -117,9 +118,10 @@ def describe(name: str, raw: Mapping[str, Any]) -> Sweep:
   for flag in names:
     if names.count(flag) > 1:
       raise ConfigError(f"the flag '{flag}' is given {names.count(flag)} times; give it once.")
-  options = _options(experiment)
+  options, version = _options(experiment)
   trials = [
-    _trial(experiment, options, {**fixed, **values}) for values in _combinations(cross, zips)
+    _trial(experiment, version, options, {**fixed, **values})
+    for values in _combinations(cross, zips)
   ]
   first: dict[str, int] = {}
   for i, trial in enumerate(trials, 1):
@@ -161,8 +163,8 @@ def _values(flag: str, values: Any) -> list[Any]:
   return values
 
 
-def _options(experiment: str) -> dict[str, dataclasses.Field]:
-  """The fields of the experiment's Config by name."""
+def _options(experiment: str) -> tuple[dict[str, dataclasses.Field], int]:
+  """The fields of the experiment's Config by name, and the version of what it measures."""
   module = f"experiments.{experiment}"
   try:
     known = importlib.util.find_spec(module) is not None
@@ -172,20 +174,22 @@ def _options(experiment: str) -> dict[str, dataclasses.Field]:
     folder = Path(importlib.import_module("experiments").__path__[0])
     there = [path.stem for path in folder.glob("*.py") if "class Config" in path.read_text()]
     raise ConfigError(f"there is no experiment '{experiment}'; {_nearest(experiment, there)}.")
-  config = getattr(importlib.import_module(module), "Config", None)
-  fields = {field.name: field for field in dataclasses.fields(config)} if config else {}
-  if _OUT not in fields:
-    raise ConfigError(
-      f"the experiment '{experiment}' has no Config with an option '{_OUT}': it cannot be swept."
-    )
-  return fields
+  found = importlib.import_module(module)
+  config = getattr(found, "Config", None)
+  if not dataclasses.is_dataclass(config):
+    raise ConfigError(f"the experiment '{experiment}' has no Config: it cannot be swept.")
+  fields = {field.name: field for field in dataclasses.fields(config) if field.name != _OUT}
+  return fields, getattr(found, "VERSION", 1)
 
 
 def _trial(
-  experiment: str, options: Mapping[str, dataclasses.Field], values: Mapping[str, Any]
+  experiment: str,
+  version: int,
+  options: Mapping[str, dataclasses.Field],
+  values: Mapping[str, Any],
 ) -> Trial:
   """A trial, its flags known and their values of the right type."""
-  config = {name: field.default for name, field in options.items() if name != _OUT}
+  config = {name: field.default for name, field in options.items()}
   for flag, value in values.items():
     if flag == _OUT:
       raise ConfigError(f"the flag '{_OUT}' is not a description's: the backend says where.")
@@ -194,7 +198,7 @@ def _trial(
         f"the experiment '{experiment}' has no flag '{flag}'; {_nearest(flag, config)}."
       )
     config[flag] = _typed(flag, value, options[flag].default)
-  text = json.dumps({"experiment": experiment, "config": config}, sort_keys=True)
+  text = json.dumps([experiment, version, config], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:12]
   return Trial(experiment, {flag: _word(config[flag]) for flag in values}, digest)
 

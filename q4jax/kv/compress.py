@@ -54,13 +54,13 @@ def decide(prompt: Recording, length: jax.Array, kv: KVConfig) -> jax.Array:
 
   def layer(arrays: tuple) -> jax.Array:
     k, v, queries, mass = arrays
-    context = _context(k, v, queries, mass, pos, valid, length, kv)
+    context = context_of(k, v, queries, mass, pos, valid, length, kv)
     return keep_mask(policy, kv.select, kv.protect, context, leaves) & leaves
 
   return jax.lax.map(layer, (*cache, prompt.queries, prompt.mass))
 
 
-def _context(
+def context_of(
   k: jax.Array,
   v: jax.Array,
   queries: jax.Array | None,

@@ -59,7 +59,7 @@ def test_the_hash_is_of_all_options_defaults_too():
   [trial] = sweep("flags = {bits = 3}").trials
   config = dataclasses.asdict(dataclasses.replace(quant_error.Config(), bits=(3,)))
   del config["out"]
-  text = json.dumps({"config": config, "experiment": "quant_error"}, sort_keys=True)
+  text = json.dumps(["quant_error", getattr(quant_error, "VERSION", 1), config], sort_keys=True)
   assert trial.hash == hashlib.sha256(text.encode()).hexdigest()[:12]
   [same] = sweep("cross = {bits = [[3]]}\nflags = {rows = 128}").trials
   [other] = sweep("flags = {bits = 3, rows = 64}").trials
@@ -99,7 +99,7 @@ def test_refused(text, message):
     ("quant_eror", "no experiment 'quant_eror'; nearest: quant_error"),
     ("", "no experiment ''"),
     ("a.b", "no experiment 'a.b'"),
-    ("provenance", "no Config with an option 'out'"),
+    ("provenance", "'provenance' has no Config"),
     (3, "experiment is missing"),
   ],
 )
