@@ -76,6 +76,8 @@ def test_runs_without_q4jax_and_as_the_engine(q4jax: Run, model_file: Path, tmp_
   said = json.loads(result.out)
   assert said["platforms"] == ["cpu", "cuda", "tpu"] and said["custom_calls"] == []
   assert said["out_bytes"] == sum(path.stat().st_size for path in out.iterdir())
+  manifest = json.loads((out / "manifest.json").read_text())
+  assert all(w["offset"] % 64 == 0 for w in manifest["weights"])
   tokens, logits = child(out, "q4jax", "q4jax_kernels", "flax")
   model = library.load(model_file, implementation="xla")
   expected, exact = beside(model)
