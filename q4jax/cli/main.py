@@ -25,6 +25,7 @@ COMMANDS = {
   "convert": "a model from one format to another, its weights as they are",
   "calibrate": "watch what flows through a model, for quantisers to use",
   "quantize": "round a model to fewer bits: mixes of k-quants, int2 to int8, GPTQ, AWQ, HQQ",
+  "qat": "train a model under the rounding it will be stored with",
   "demo": "the model that comes with q4jax writes a few lines",
 }
 

@@ -61,9 +61,7 @@ def train_blocks(
   teacher, follower = LayerRunner(source, tokens), LayerRunner(source, tokens)
   layers, grid = source.config.num_layers, student.rounding.grid
   new = with_rounding(student, fixed_codes=False)
-  factors = (
-    jnp.asarray(floats(source, "rope_freqs.weight")) if source.config.rope_factors else None
-  )
+  factors = jnp.asarray(floats(source, "rope_freqs.weight")) if source.config.rope_factors else None
   for layer in range(layers):
     prefix = f"blk.{layer}."
     params = {
@@ -81,7 +79,11 @@ def train_blocks(
 
     model = source.config, grid, config
     params = _train(model, params, (inputs, teacher.hidden, factors), layer, report)
-    for kind, items in (("weights", new.weights), ("scales", new.scales), ("minimums", new.minimums)):
+    for kind, items in (
+      ("weights", new.weights),
+      ("scales", new.scales),
+      ("minimums", new.minimums),
+    ):
       for name, value in params[kind].items():
         items[prefix + name].set_value(value)
     follower.advance(_rounded(params, grid))
@@ -159,5 +161,3 @@ def _optimizer(how: BlockConfig) -> Any:
   grids = adam(how.quantizer_rate)
   rates = {"weights": adam(how.weight_rate), "scales": grids, "minimums": grids}
   return optax.multi_transform(rates, labels)
-
-

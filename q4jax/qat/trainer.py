@@ -120,7 +120,9 @@ def train(
   mesh = jax.make_mesh(
     (config.data, config.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
   )
-  learning = _shard({"weights": nnx.to_pure_dict(weights), "quantizers": nnx.to_pure_dict(quantizers)}, mesh)
+  learning = _shard(
+    {"weights": nnx.to_pure_dict(weights), "quantizers": nnx.to_pure_dict(quantizers)}, mesh
+  )
   optimizer = _optimizer(config)
   # Zeros like the parameters lie where they do, the rest on all devices.
   state = {"learning": learning, "optimizer": _shard(optimizer.init(learning), mesh)}
@@ -157,7 +159,9 @@ def train(
         metrics.write(record)
       if on_step is not None:
         on_step(record)
-      if checkpoints is not None and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
+      if checkpoints is not None and (
+        (step + 1) % config.save_every == 0 or step + 1 == config.steps
+      ):
         checkpoints.save(step + 1, state)
       if progress is not None:
         progress(step + 1, config.steps)
@@ -237,9 +241,7 @@ def _optimizer(config: TrainConfig) -> Any:
   def labels(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {kind: jax.tree.map(lambda _: kind, part) for kind, part in tree.items()}  # noqa: B023
 
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip), optax.multi_transform(rates, labels)
-  )
+  return optax.chain(optax.clip_by_global_norm(config.clip), optax.multi_transform(rates, labels))
 
 
 def _teacher(weights: Mapping[str, Any], config: TrainConfig) -> dict[str, jax.Array]:
@@ -279,4 +281,3 @@ def _diverged(step: int, record: Mapping[str, float], checkpoints: Checkpoints |
     f"the loss is {record['loss']} and its gradient {record['gradient_norm']} at step {step}. {kept}"
     " Take a smaller learning rate."
   )
-

@@ -68,7 +68,9 @@ class Recipe:
         f"lsq_zero learns minimums, and rule {self.grid.rule} has none; take rule minimum."
       )
     if self.variant == "ste_minmax" and self.init != "rtn":
-      raise ConfigError(f"ste_minmax fits the grid itself; init={self.init} would be lost: take rtn.")
+      raise ConfigError(
+        f"ste_minmax fits the grid itself; init={self.init} would be lost: take rtn."
+      )
     if self.lora_rank < 1:
       raise ConfigError(f"lora_rank={self.lora_rank} must be at least 1.")
 

@@ -110,7 +110,9 @@ def test_fixed_codes_are_the_same_weights(small: MemoryCheckpoint) -> None:
 def test_diverged_grids_are_not_exported(small: MemoryCheckpoint) -> None:
   student = initial(small, Recipe("lsq", GRID, "rtn"))
   student.scales[Q].set_value(jnp.full_like(student.scales[Q].get_value(), 1e6))
-  with pytest.raises(ConfigError, match=r"blk\.1\.attn_q\.weight: a scale .* not finite in float16"):
+  with pytest.raises(
+    ConfigError, match=r"blk\.1\.attn_q\.weight: a scale .* not finite in float16"
+  ):
     export.group_array(student, Q)
 
 
