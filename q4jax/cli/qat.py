@@ -11,11 +11,11 @@ integers in groups of --group_size; the embedding table and the output matrix st
 step's), ste_search (weights learn on the grid of --init), lsq (scales learn too), lsq_zero
 (minimums too), block_ap (each block against its float output, then scales), lora (a low-rank
 update, merged).
---loss: kl to the float model's predictions, ce of the text, or both, added.
---folder keeps checkpoints and metrics.jsonl; a run that was killed goes on from there with --resume,
-exactly as if it had not been.
---held_out measures rounding to nearest (before) and what was trained (after): perplexity, and the KL divergence
-from the float model's predictions.
+--loss: kl to the float model's predictions, ce of the text, or both.
+--folder keeps checkpoints and metrics.jsonl; a run that was killed goes on from there with
+--resume, exactly as if it had not been.
+--held_out measures rounding to nearest (before) and what was trained (after): perplexity, and the
+KL divergence from the float model's predictions.
 
 --json prints one object with the keys source, out, qat, bits_per_weight (of the layers' matrices),
 steps, loss (the last), seconds and, with --held_out, float_ppl, before and after (each with ppl, kl
@@ -25,7 +25,7 @@ and top1) and recovered_kl, the share of rtn's KL that is gone.
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from absl import flags as absl_flags
 
@@ -122,7 +122,7 @@ def _recipe(flags: absl_flags.FlagValues) -> "Recipe":
 
   init = flags.init or ("rtn" if flags.qat == "ste_minmax" else "mse")
   grid = Grid(flags.bits, flags.group_size, flags.rule)
-  return Recipe(flags.qat, grid, init, int(flags.kv_bits), flags.activations)
+  return Recipe(flags.qat, grid, cast(Any, init), int(flags.kv_bits), flags.activations)
 
 
 def _before(

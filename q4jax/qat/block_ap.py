@@ -61,11 +61,12 @@ def train_blocks(
   teacher, follower = LayerRunner(source, tokens), LayerRunner(source, tokens)
   layers, grid = source.config.num_layers, student.rounding.grid
   new = with_rounding(student, fixed_codes=False)
-  factors = jnp.asarray(floats(source, "rope_freqs.weight")) if source.config.rope_factors else None
+  scaled = source.config.rope_factors
+  factors = jnp.asarray(floats(source, "rope_freqs.weight")) if scaled else None
   for layer in range(layers):
     prefix = f"blk.{layer}."
     params = {
-      kind: {n.removeprefix(prefix): v.get_value() for n, v in items.items() if n.startswith(prefix)}
+      kind: {n[len(prefix) :]: v.get_value() for n, v in items.items() if n.startswith(prefix)}
       for kind, items in (
         ("weights", student.weights), ("scales", student.scales), ("minimums", student.minimums),
       )
@@ -114,7 +115,7 @@ def _train(
     params, state, loss = _step(model, params, state, x, y, factors)
     if not np.isfinite(float(loss)):
       raise TrainingError(
-        f"block {layer}: the loss is {float(loss)} at step {step + 1}; take a smaller learning rate."
+        f"block {layer}: the loss is {float(loss)} at step {step + 1}; take smaller rates."
       )
     report(step + 1)
   return params

@@ -78,8 +78,8 @@ class Checkpoints:
     for name in sorted(mine.keys() | about.keys()):
       if mine.get(name) != about.get(name):
         raise ConfigError(
-          f"{self.folder}: the checkpoint is of a run with {name}={about.get(name)!r}; this one has "
-          f"{mine.get(name)!r}. Give the same, or another folder."
+          f"{self.folder}: the checkpoint is of a run with {name}={about.get(name)!r}; this one "
+          f"has {mine.get(name)!r}. Give the same, or another folder."
         )
     for name in sorted(shapes.keys() | saved.keys()):
       if shapes.get(name) != saved.get(name):

@@ -114,7 +114,7 @@ def train(
     )
   student = with_rounding(student, dtype=jnp.dtype(config.dtype))
   filters = trained(recipe)
-  graph, weights, quantizers, frozen = nnx.split(
+  graph, weights, quantizers, frozen = nnx.split(  # type: ignore[misc]
     student, filters["weights"], filters["quantizers"], ...
   )
   mesh = jax.make_mesh(
@@ -189,7 +189,7 @@ def _make_step(
       weights = fixed["teacher"]
       teacher = Llama(student.config, lambda name, _: weights[name], matmul)
       parts["kl"] = kl(teacher(tokens[:, :-1]), logits)
-    loss = sum(parts.values()) if config.loss == "both" else parts[config.loss]
+    loss = parts["ce"] + parts["kl"] if config.loss == "both" else parts[config.loss]
     return loss, {"loss": loss, **parts}
 
   gradient = jax.grad(objective, has_aux=True)
@@ -278,6 +278,6 @@ def _diverged(step: int, record: Mapping[str, float], checkpoints: Checkpoints |
     else f"The last good checkpoint is step {last} in {checkpoints.folder}."
   )
   return (
-    f"the loss is {record['loss']} and its gradient {record['gradient_norm']} at step {step}. {kept}"
-    " Take a smaller learning rate."
+    f"the loss is {record['loss']} and its gradient {record['gradient_norm']} at step {step}. "
+    f"{kept} Take a smaller learning rate."
   )

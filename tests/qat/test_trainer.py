@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -59,10 +58,11 @@ def run(small: MemoryCheckpoint, recipe: Recipe = RECIPE, **options) -> tuple:
   losses: list[float] = []
   student = initial(small, recipe)
   folder, resume = options.pop("folder", None), options.pop("resume", False)
+  told = options.pop("told", False)
   config = TrainConfig(**{"steps": 6, "weight_rate": 1e-3, "quantizer_rate": 1e-4, **options})
   made = train(
     student, recipe, float_weights(small), WINDOWS, config, folder, resume=resume,
-    on_step=lambda r: losses.append(r["loss"]),
+    on_step=lambda r: (losses.append(r["loss"]), print(r["step"], flush=True) if told else None),
   )  # fmt: skip
   return made, losses
 
@@ -132,42 +132,24 @@ def test_configs_that_cannot_be(options: dict, message: str) -> None:
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
-import numpy as np
-from conftest import checkpoint
 from pathlib import Path
-from q4jax.qat.data import Windows
-from q4jax.qat.trainer import TrainConfig, train
-from q4jax.qat.variants import Recipe, float_weights, initial
-from q4jax.quant.grid import Grid
-small = checkpoint()
-row = np.random.default_rng(0).integers(1, 4096, 400).astype(np.int32)
-recipe = Recipe("lsq", Grid(3, 32, "absmax"), "rtn")
-made = train(
-  initial(small, recipe), recipe, float_weights(small),
-  Windows(row, np.zeros(1, np.int32), ctx=16, batch=4, seed=1),
-  TrainConfig(steps=12, weight_rate=1e-3, quantizer_rate=1e-4, save_every=3, {options}),
-  Path({folder!r}), resume={resume}, on_step=lambda r: print(r["step"], flush=True),
-)
-np.savez({folder!r} + "/made.npz", **{{n: w.get_value() for n, w in made.weights.items()}},
-  **{{"s." + n: s.get_value() for n, s in made.scales.items()}})
+from conftest import checkpoint
+import test_trainer
+for name, options in {runs!r}.items():
+  folder = Path({folder!r}) / name
+  test_trainer.run(checkpoint(), folder=folder, steps=12, save_every=3, told=True, **options)
 """
 
 
-def child(
-  folder: Path, resume: bool = False, devices: int = 1, options: str = ""
-) -> subprocess.Popen:
+def child(folder: Path, runs: dict[str, dict], devices: int = 1) -> subprocess.Popen:
+  """A process that trains into folders by name, and prints each step's number."""
   root = Path(__file__).parents[2]
-  path = [str(root), str(root / "kernels"), str(root / "tests" / "qat")]
-  code = SCRIPT.format(path=path, options=options, folder=str(folder), resume=resume)
+  path = [str(root / "tests" / "qat"), str(root), str(root / "kernels"), str(root / "tests")]
   flags = f"--xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
-    [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True,
-    env=os.environ | {"XLA_FLAGS": flags},
+    [sys.executable, "-c", SCRIPT.format(path=path, runs=runs, folder=str(folder))],
+    stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": flags},
   )  # fmt: skip
-
-
-def values(folder: Path) -> dict[str, np.ndarray]:
-  return dict(np.load(folder / "made.npz"))
 
 
 def losses(folder: Path) -> list[float]:
@@ -176,30 +158,25 @@ def losses(folder: Path) -> list[float]:
   return [line["loss"] for line in lines]
 
 
-def test_killed_and_resumed_is_never_stopped(tmp_path: Path) -> None:
-  whole, killed = tmp_path / "whole", tmp_path / "killed"
-  first, second = child(whole), child(killed)
-  assert second.stdout is not None
-  for line in second.stdout:
+def test_killed_and_resumed_is_never_stopped(small: MemoryCheckpoint, tmp_path: Path) -> None:
+  killed = child(tmp_path, {"killed": {}})
+  assert killed.stdout is not None
+  for line in killed.stdout:
     if line.strip() == "8":
-      os.kill(second.pid, signal.SIGKILL)
-  second.wait()
-  assert first.wait() == 0
-  again = child(killed, resume=True)
-  assert again.stdout is not None
-  steps = [int(line) for line in again.stdout]
-  assert again.wait() == 0
-  assert 4 <= steps[0] <= 10  # From the checkpoint of step 3, 6 or 9.
-  want, got = values(whole), values(killed)
-  assert want.keys() == got.keys()
-  for name, value in want.items():
-    np.testing.assert_array_equal(got[name], value, err_msg=name)
-  assert losses(whole) == losses(killed)
+      os.kill(killed.pid, signal.SIGKILL)
+  assert killed.wait() == -signal.SIGKILL
+  want, _ = run(small, folder=tmp_path / "whole", steps=12)
+  got, steps = run(small, folder=tmp_path / "killed", steps=12, resume=True)
+  assert 3 <= len(steps) <= 9  # From the checkpoint of step 3, 6 or 9.
+  want_state, got_state = (nnx.to_pure_dict(nnx.state(x)) for x in (want, got))
+  jax.tree.map(np.testing.assert_array_equal, got_state, want_state)
+  assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
 
 def test_two_devices_are_one(tmp_path: Path) -> None:
-  runs = {name: tmp_path / name for name in ("one", "data", "model")}
-  for name, options in (("one", ""), ("data", "data=2"), ("model", "model=2")):
-    assert child(runs[name], devices=2, options=options).wait() == 0
+  runs = {"one": {}, "data": {"data": 2}, "model": {"model": 2}}
+  made = child(tmp_path, runs, devices=2)
+  made.communicate()
+  assert made.returncode == 0
   for name in ("data", "model"):
-    np.testing.assert_allclose(losses(runs[name]), losses(runs["one"]), rtol=1e-3)
+    np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=1e-3)
