@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 TOP = {".ci", "colab", "docs", "experiments", "kernels", "launch", "q4jax", "tests"}
 ABOVE = {"experiments", "launch", "colab", "tests"}
+QAT = "q4jax.qat"
 DOORS = {"q4jax.loading", "q4jax.cli", "q4jax.serve"}
 # What the files of a folder may not import: these modules, or anything inside them.
 FORBIDDEN = {
@@ -22,12 +23,16 @@ FORBIDDEN = {
   "q4jax": {"gguf", *ABOVE},  # our own reader takes hostile files; gguf-py writes ours
   "q4jax/errors.py": {"q4jax", "q4jax_kernels"},
   "q4jax/records.py": {"q4jax.formats", "q4jax.quant", "q4jax.model", "q4jax.engine", *DOORS},
-  "q4jax/formats": {"q4jax.model", "q4jax.engine", "q4jax.kv", *DOORS},
-  "q4jax/text": {"q4jax.model", "q4jax.engine", "q4jax.kv", *DOORS},
-  "q4jax/model": {"q4jax.formats", "q4jax.engine", *DOORS},
-  "q4jax/kv": {"q4jax.formats", "q4jax.quant", "q4jax.text", "q4jax.engine", *DOORS},
-  "q4jax/quant": {"q4jax.model", "q4jax.engine", *DOORS},
-  "q4jax/engine": {"q4jax.formats", *DOORS},
+  "q4jax/formats": {"q4jax.model", "q4jax.engine", "q4jax.kv", QAT, *DOORS},
+  "q4jax/text": {"q4jax.model", "q4jax.engine", "q4jax.kv", QAT, *DOORS},
+  "q4jax/model": {"q4jax.formats", "q4jax.engine", QAT, *DOORS},
+  "q4jax/kv": {"q4jax.formats", "q4jax.quant", "q4jax.text", "q4jax.engine", QAT, *DOORS},
+  "q4jax/quant": {"q4jax.model", "q4jax.engine", QAT, *DOORS},
+  "q4jax/engine": {"q4jax.formats", QAT, *DOORS},
+  "q4jax/offline": {"q4jax.engine", QAT, *DOORS},
+  "q4jax/loading.py": {QAT},
+  "q4jax/compare.py": {QAT},
+  "q4jax/qat": {"q4jax.engine", "q4jax.kv", *DOORS},
 }
 EXCEPT = {"q4jax/formats/gguf_sink.py": {"gguf"}, "q4jax/formats/imatrix.py": {"gguf"}}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -105,6 +110,9 @@ def test_imports_point_down() -> None:
     ("q4jax/kv/cache.py", "from q4jax.engine import Engine"),
     ("q4jax/kv/quality.py", "from q4jax.text.tokenizer import Tokenizer"),
     ("q4jax/kv/quality.py", "def f():\n  from q4jax import loading"),
+    ("q4jax/offline/quantize.py", "from q4jax.qat import export"),
+    ("q4jax/qat/trainer.py", "import optax"),
+    ("q4jax/qat/trainer.py", "from q4jax.loading import load"),
   ],
 )
 def test_finds(file: str, source: str) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
   "diff": "how far one form of a model is from another, weights and predictions",
   "export": "a model as StableHLO, to run with JAX alone",
   "verify": "whether a model or a calibration is whole and sound",
+  "qat": "train a model under the rounding it will be stored with",
   "demo": "the model that comes with q4jax writes a few lines",
 }
 

@@ -30,8 +30,8 @@ def group_array(student: Student, name: str) -> GroupArray:
   for part in parts:
     if part is not None and not np.isfinite(part).all():
       raise ConfigError(
-        f"{name}: a scale or minimum is not finite in float16; training has diverged. Go back to an "
-        "earlier checkpoint, with a smaller learning rate."
+        f"{name}: a scale or minimum is not finite in float16; training has diverged. Go back to "
+        "an earlier checkpoint, with a smaller learning rate."
       )
   grid = student.rounding.grid
   half = [None if p is None else p.astype(np.float16) for p in parts]

@@ -39,9 +39,9 @@ class Recipe:
       float output, then scales alone on fixed codes (EfficientQAT, arXiv:2407.11062); lora a
       low-rank update of frozen weights, rounded together with them, so that merging is exact.
     grid: of the matrices of all blocks. Embeddings and the head stay as they are.
-    init: finds the first grid. With gptq each weight also moves to the nearest point that rounds
-      to GPTQ's code.
-    kv_bits: 8 or 4 to train over a cache rounded as that of `--kv_bits` (groups of 32); 16 for none.
+    init: finds the first grid. With gptq each weight also moves to the nearest point that rounds to
+      GPTQ's code.
+    kv_bits: 8 or 4 to train over a cache rounded as that of `--kv_bits` (groups of 32); or 16.
     activations: of the blocks' products: float, or int8 with a range a token or an observed one.
     lora_rank, lora_alpha: B A counts lora_alpha / lora_rank times.
   """

@@ -15,8 +15,7 @@ from q4jax.model.llama import Llama, random_params
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def small() -> MemoryCheckpoint:
+def checkpoint() -> MemoryCheckpoint:
   """Random weights of std 0.2 with the vocabulary of `tiny`."""
   config = LlamaConfig(
     architecture="llama", vocab_size=4096, context_length=64, d_model=64, d_ffn=96, num_layers=2,
@@ -40,6 +39,11 @@ def small() -> MemoryCheckpoint:
 
   Llama(config, make)
   return memory
+
+
+@pytest.fixture(scope="session")
+def small() -> MemoryCheckpoint:
+  return checkpoint()
 
 
 @pytest.fixture(scope="session")
