@@ -4,7 +4,7 @@ r"""q4jax as a model of lm-evaluation-harness (pip install 'q4jax[eval]').
   ... --model_args pretrained=model.gguf,kv_bits=4,kv_rotate=True,keep=0.6,kv_policy=snapkv
 
 is the command `lm_eval` with the model `q4jax` registered; in Python, `register()` does that. The
-arguments are those of `open_scorer`. The harness' --device is not used: jax runs on what it finds,
+arguments are those of `open_scorer`, but batch_size, which is the harness' own --batch_size. The harness' --device is not used: jax runs on what it finds,
 or on what JAX_PLATFORMS says. Chat templates (--apply_chat_template) are not supported.
 """
 

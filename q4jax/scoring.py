@@ -100,7 +100,7 @@ class Scorer:
     targets = _padded([b for _, b in pairs], int(count.max()))
     dtype = self.engine.kv_dtype
     read, found = self._prefill(self.model.leaves, tokens, length, self.kv, dtype, targets[:, 0])
-    parts = [found]
+    parts = [_now(found)]
     if count.max() > 1:
       compressed = CompressedKV(self.kv, self.model.config, read, length, count)
       cache = compressed.state
@@ -111,9 +111,14 @@ class Scorer:
         cache, found = self._step(
           self.model.leaves, cache, at, running, targets[:, step], targets[:, step + 1]
         )
-        parts.append(found)
-    logprob, greedy = (np.stack([np.asarray(p[i]) for p in parts], axis=1) for i in range(2))
+        # Waits: the host's tables change between steps, and none may be under way then.
+        parts.append(_now(found))
+    logprob, greedy = (np.stack([p[i] for p in parts], axis=1) for i in range(2))
     return logprob, greedy
+
+
+def _now(found: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+  return np.asarray(found[0]), np.asarray(found[1])
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
