@@ -4,8 +4,9 @@ r"""q4jax as a model of lm-evaluation-harness (pip install 'q4jax[eval]').
   ... --model_args pretrained=model.gguf,kv_bits=4,kv_rotate=True,keep=0.6,kv_policy=snapkv
 
 is the command `lm_eval` with the model `q4jax` registered; in Python, `register()` does that. The
-arguments are those of `open_scorer`. The harness' --device is not used: jax runs on what it finds,
-or on what JAX_PLATFORMS says. Chat templates (--apply_chat_template) are not supported.
+arguments are those of `open_scorer`; batch_size is the harness' --batch_size. Its --device is not
+used: jax runs on what it finds, or on what JAX_PLATFORMS says. --apply_chat_template is not
+supported.
 """
 
 import sys
@@ -101,7 +102,8 @@ def windows(first: list[int], ids: list[int], limit: int) -> Iterator[Pair]:
 
 def rolling(scorer: Scorer, texts: Sequence[str]) -> list[float]:
   """The log-probability of each whole text, in windows of the scorer's `max_length`."""
-  pairs, ends = [], []
+  pairs: list[Pair] = []
+  ends = []
   for text in texts:
     pairs += windows(prefix(scorer.model), plain(scorer.model, text), scorer.max_length)
     ends.append(len(pairs))

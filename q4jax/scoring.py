@@ -100,7 +100,7 @@ class Scorer:
     targets = _padded([b for _, b in pairs], int(count.max()))
     dtype = self.engine.kv_dtype
     read, found = self._prefill(self.model.leaves, tokens, length, self.kv, dtype, targets[:, 0])
-    parts = [found]
+    parts = [_now(found)]
     if count.max() > 1:
       compressed = CompressedKV(self.kv, self.model.config, read, length, count)
       cache = compressed.state
@@ -111,9 +111,13 @@ class Scorer:
         cache, found = self._step(
           self.model.leaves, cache, at, running, targets[:, step], targets[:, step + 1]
         )
-        parts.append(found)
-    logprob, greedy = (np.stack([np.asarray(p[i]) for p in parts], axis=1) for i in range(2))
+        parts.append(_now(found))
+    logprob, greedy = (np.stack([p[i] for p in parts], axis=1) for i in range(2))
     return logprob, greedy
+
+
+def _now(found: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+  return np.asarray(found[0]), np.asarray(found[1])
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -123,10 +127,10 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
   return out
 
 
-def _empty(module: Llama, batch: int, slots: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  c = module.config
-  shape = (c.num_layers, batch, c.num_kv_heads, slots, c.head_dim)
-  return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+def _empty(module: Llama, shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
+  c, (batch, slots) = module.config, shape
+  whole = (c.num_layers, batch, c.num_kv_heads, slots, c.head_dim)
+  return jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)
 
 
 def _chosen(module: Llama, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +145,7 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
   """tokens int32[B, T], at and targets int32[B, C] -> [B, C]: targets after the positions `at`."""
   batch, wide = at.shape
-  cache = _empty(module, *tokens.shape, jnp.float32)
+  cache = _empty(module, tokens.shape, jnp.float32)
   hidden, _ = module.hidden(tokens, cache, Span(jnp.zeros_like(length), length))
   picked = jnp.take_along_axis(hidden, at[..., None], axis=1)  # [B, C, D]
   parts = (picked.reshape(-1, _SLICE, picked.shape[-1]), targets.reshape(-1, _SLICE))
@@ -153,7 +157,7 @@ def _prefill(
   module: Llama, tokens: jax.Array, length: jax.Array, kv: KVConfig, dtype: Any, target: jax.Array
 ) -> tuple[Recording, tuple[jax.Array, jax.Array]]:
   """Reads contexts, and scores what comes first after them."""
-  cache = kv.recording(_empty(module, *tokens.shape, dtype), module.config.num_heads)
+  cache = kv.recording(_empty(module, tokens.shape, dtype), module.config.num_heads)
   hidden, read = module.hidden(tokens, cache, Span(jnp.zeros_like(length), length))
   assert isinstance(read, Recording)
   last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]

@@ -144,7 +144,8 @@ def test_the_harness_runs_local_tasks(tmp_path, model):
   done = subprocess.run(
     [
       sys.executable, "-m", "q4jax.lm_eval_adapter", "--model", "q4jax",
-      "--model_args", "pretrained=tiny,batch_size=4", "--include_path", "tests/data/lm_eval",
+      "--model_args", "pretrained=tiny", "--batch_size", "4",
+      "--include_path", "tests/data/lm_eval",
       "--tasks", "q4jax_docstrings,q4jax_rolling,q4jax_generate",
       "--output_path", str(tmp_path / "out"),
     ],
