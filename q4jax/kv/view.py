@@ -95,7 +95,7 @@ def _read(
     policy, valid = kv.policy, jnp.ones((1, s), bool)
     score = jnp.stack(
       [
-        policy(context_of(*layer, pos, valid, length, kv))[0]
+        policy(context_of(*layer, pos, valid, length, kv))[0]  # type: ignore[call-arg]
         for layer in zip(*_layers(prompt), strict=True)
       ]
     )
