@@ -1,6 +1,6 @@
 r"""The headline: float weights, int4 weights, and int4 weights with a compressed KV cache.
 
-  python -m experiments.end_to_end                          # a minute and a half
+  python -m experiments.end_to_end                          # half a minute
   python -m experiments.end_to_end \
     --float_model=llama.f16.gguf --int4_model=llama.Q4_K_M.gguf --text=book.txt
 
@@ -15,9 +15,9 @@ are of single tokens decoded at depth --ctx / 2 (median, 99th percentile), token
 there (q4jax/engine/bench.py). Perplexity is of the text's second halves, stepped through token by
 token over each side's cache.
 
-Expected: memory falls to a third or less; the cache costs more perplexity than the weights where
---keep is far below 1. A model as small as `tiny` spends a token's time on other things than memory,
-so that its ratios of speed say nothing of a large one's.
+Expected: memory falls to 0.4 or less, and the cache costs more perplexity than the weights. A model
+as small as `tiny` spends a token's time on other things than memory, so that its int4 is hardly
+faster, its packed cache slower than a dense one, and nothing of this says how a large one behaves.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ def plot(records: list[Record], path: str) -> None:
     for axis, (name, scale, title) in zip(axes, charts, strict=True):
       bars = axis.bar([r["side"] for r in records], [scale * r[name] for r in records],
                       color=["C7", "C0", "C2"][: len(records)])  # fmt: skip
-      axis.bar_label(bars, fmt="%.3g")
+      axis.bar_label(bars, fmt="%.4g")
       axis.set(title=title)
       axis.margins(y=0.12)
 

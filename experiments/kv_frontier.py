@@ -1,6 +1,6 @@
 r"""Fewer tokens in more bits, or more tokens in fewer: perplexity at equal bytes of the KV cache.
 
-  python -m experiments.kv_frontier                                # 12 rows, 2 minutes
+  python -m experiments.kv_frontier                                # 12 rows, 80 s
   python -m experiments.kv_frontier --budgets=0.2 --policy=keydiff --stores=f16,int4r
 
 Any two CPU cores (nothing here is a time). A budget is a share of the bytes that float16 blocks of
@@ -96,6 +96,8 @@ def plot(records: list[Record], path: str) -> None:
     plots.change_axis(left, xlabel="budget, share of float16", title="95% intervals")
     right.set(yscale="log", xlabel="budget, share of float16", ylabel="KL, nats a token")
     right.grid(alpha=0.3)
+    for axis in (left, right):
+      axis.set_xticks(sorted({r["budget"] for r in records}))
     left.legend()
 
 

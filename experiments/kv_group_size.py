@@ -1,6 +1,6 @@
 r"""Groups of the KV cache's codes: bits, bytes and error against how many numbers share a scale.
 
-  python -m experiments.kv_group_size                                  # 40 rows, 5 minutes
+  python -m experiments.kv_group_size                                  # 40 rows, 4 minutes
   python -m experiments.kv_group_size --stores=int4 --groups=32,128 --rotations=no,yes
 
 Any two CPU cores (nothing here is a time). A text is read; measured are, of the keys (RoPE applied)

@@ -26,7 +26,8 @@ from experiments.provenance import markdown
 from q4jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-_TABLE = re.compile(r"(<!-- table ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARK = "<!-- table "  # At the beginning of a line; elsewhere it is only spoken of.
+_TABLE = re.compile(rf"^({_MARK}([^\n]+?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 
 
 def written(text: str, root: Path = ROOT) -> str:
@@ -35,7 +36,7 @@ def written(text: str, root: Path = ROOT) -> str:
   Raises:
     ConfigError: a marker names no experiment or records, or is not ended.
   """
-  if text.count("<!-- table ") != len(_TABLE.findall(text)):
+  if len(re.findall(f"^{_MARK}", text, re.MULTILINE)) != len(_TABLE.findall(text)):
     raise ConfigError("a line '<!-- table ... -->' has no '<!-- end -->' behind it; add one.")
   return _TABLE.sub(lambda m: f"{m[1]}\n{_table(m[2].split(), root)}\n\n{m[3]}", text)
 

@@ -35,6 +35,8 @@ def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
     assert "old" not in new and "int8 | 9.00 |" in new and "+1.00 % ± 0.10" in new
     assert new.startswith("before\n<!-- table") and new.endswith("\n\n<!-- end -->\nafter\n")
     assert written(new, tmp_path) == new
+  spoken_of = "between `<!-- table x -->` and its end"
+  assert written(spoken_of, tmp_path) == spoken_of
 
 
 @pytest.mark.parametrize(
