@@ -52,7 +52,7 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   """Exports."""
   name, out = arguments[0], Path(arguments[1])
   common.check_out(out, flags.force)
-  from q4jax.offline.export import Options, export
+  from q4jax.exported.export import Options, export
 
   platforms = flags.platforms or (["cpu"] if flags.native else ["cpu", "cuda", "tpu"])
   options = Options(

@@ -173,7 +173,7 @@ def export_model(model: Model, out: Path, options: Options) -> Exported:
       "weights": weights,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    (folder / "run.py").write_bytes(files("q4jax.offline").joinpath("run_export.py").read_bytes())
+    (folder / "run.py").write_bytes(files("q4jax.exported").joinpath("run_export.py").read_bytes())
   size = sum(path.stat().st_size for path in out.iterdir())
   return Exported(str(out), options.platforms, tuple(calls), slots, model.nbytes, size)
 
