@@ -183,7 +183,7 @@ class CompressedKV:
       self.table[layer, row, i] = of_name[name]
       again.append(of_name[name])
     self.pool.retain(again)
-    self._counts += counts
+    self._counts = self._counts + counts  # Never in place: see `_append`.
     self._shared = int(counts.sum()) - np.unique(self.table[self.table > 0]).size
     return fresh
 
@@ -196,7 +196,7 @@ class CompressedKV:
       self.table[layer, row, at : at + counts[layer, row]] = [
         next(more) for _ in range(counts[layer, row])
       ]
-    self._counts += counts
+    self._counts = self._counts + counts
 
   def before_step(self, cache: Compressed, length: jax.Array, running: np.ndarray) -> Compressed:
     """The cache with room for one more token of each row that is `running` (bool[B]).
@@ -264,7 +264,7 @@ class CompressedKV:
     """Gives all blocks, and the arrays of the cache as it is now, back to the store."""
     paged, in_order = cache.paged, self.table[self.table > 0].tolist()
     self.store.put((paged.key_pages, paged.value_pages, paged.slot_pos), in_order)
-    self._counts[:], self.table = 0, np.zeros_like(self.table)
+    self._counts, self.table = np.zeros_like(self._counts), np.zeros_like(self.table)
 
   @property
   def usage(self) -> KVUsage:

@@ -293,3 +293,21 @@ def test_amounts_of_attention_are_fine(select: Select) -> None:
 
 def test_more_bits_than_a_float16_are_not_claimed() -> None:
   assert KVConfig(KVFormat(8, 32), KVFormat(4, 32, True)).bits_per_value(64) == (9 + 4.5) / 2
+
+
+@pytest.mark.parametrize("kv", [KV, replace(EVICT, evict_every=16)])
+def test_what_the_device_may_be_reading_is_never_written_to(
+  model: Model, kv: KVConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """On CPUs the device reads host arrays as they lie, some time later: they must be done with."""
+  given = jnp.asarray
+
+  def freezing(x: object, *args: object, **options: object) -> jax.Array:
+    if isinstance(x, np.ndarray) and x.flags.owndata:
+      x.flags.writeable = False
+    return given(x, *args, **options)
+
+  monkeypatch.setattr("q4jax.kv.cache.jnp.asarray", freezing)
+  _, run = decode(model, kv)
+  assert run.compressed is not None
+  run.compressed.close(run.state)
