@@ -43,6 +43,7 @@ NAMES: tuple[str, ...] = (
   "kv_bottleneck",
   "end_to_end",
   "kv_retrieval",
+  "qat_variants",
 )
 
 
