@@ -1,12 +1,12 @@
 r"""Quantisation-aware training, all variants from one float model with equal tokens, beside PTQ.
 
-  python -m experiments.qat_variants --grids=4:absmax --methods=rtn,gptq,lsq:gptq --seeds=0 --steps=40
-  python -m experiments.reproduce --full --only=qat_variants       # the table; hours, resumable
+  python -m experiments.qat_variants --grids=4:absmax --methods=rtn,lsq:gptq --seeds=0
+  python -m experiments.reproduce --full --only=qat_variants       # the table: 72 rows, resumable
 
-The first takes 2 minutes on two CPU cores and shows that it runs; a row of the table takes 2 minutes.
-Trains on --tokens (uint16 ids, as experiments.tiny.prepare writes them; the packaged calibration text
-if not given) and measures on --text: perplexity, KL to the float model and how often both find the
-same token likeliest, by q4jax.compare, on the model that was exported and loaded again.
+The first takes 2 minutes on two CPU cores and shows that it runs; a row of the table takes one.
+Trains on --tokens (uint16 ids, as experiments.tiny.prepare writes them; the packaged calibration
+text if not given) and measures on --text: perplexity, KL to the float model and how often both find
+the same token likeliest, by q4jax.compare, on the model that was exported and loaded again.
 
   grids      BITS:RULE; lsq_zero takes the rule minimum wherever it is not
   methods    of q4jax quantize (rtn, mse, hqq, gptq), for which seeds are all the same; or
