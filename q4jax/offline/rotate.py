@@ -1,4 +1,4 @@
-"""A model with a rotation folded into its weights: it computes the same, and its weights are smoother.
+"""A model with a rotation folded into its weights: it computes the same from smoother weights.
 
 With an orthogonal Q, a norm's weights g, and R for each head's values:
 
@@ -49,8 +49,8 @@ _UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # Some converters add 
 class RotatedCheckpoint:
   """See `Checkpoint`: the source, rotated as it is read; what changes is float32.
 
-  Memory: of a matrix a few forms in float32, while its rows are read. Any row of v, of the attention
-  output or of down costs the whole matrix: write the model before running it (`convert`).
+  Memory: of a matrix a few forms in float32, while its rows are read. Any row of v, of the
+  attention output or of down costs the whole matrix: write the model before running it (`convert`).
 
   Args:
     source: a Llama or Qwen, best in float; it is closed with this.
