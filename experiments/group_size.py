@@ -12,6 +12,7 @@ predictions for --text are compared with the float model's: perplexity, KL diver
   rtn      from the smallest to the largest weight      hqq    least |error|^0.7, asymmetric alone
   mse      searched for least squared error             awq    inputs scaled by what text shows
   imatrix  the same, weighted by mean squared inputs    gptq   errors made up for, one by one
+  rotated  rtn of a model with a rotation folded into its weights; rotated_gptq  gptq of it
 
 Weights are multiplied with float activations, so that rows differ by their weights alone. The error
 is |w - w'| / |w|, not given for awq, whose weights are scaled. "recovered" is the share of rtn's KL
@@ -40,6 +41,7 @@ from q4jax.formats.open import open_checkpoint
 from q4jax.loading import load_checkpoint
 from q4jax.offline.layerwise import SHARED, LayerRunner, input_of
 from q4jax.offline.quantize import quantize_model
+from q4jax.offline.rotate import RotatedCheckpoint
 from q4jax.offline.scheme import NEEDS_TEXT, Scheme
 from q4jax.offline.sequences import sequences
 from q4jax.quant.error import weight_error
@@ -47,7 +49,9 @@ from q4jax.quant.grid import Grid
 from q4jax.quant.observers import Moments
 
 Record = dict[str, Any]
-METHODS = ("rtn", "mse", "imatrix", "hqq", "awq", "gptq")
+METHODS = ("rtn", "mse", "imatrix", "hqq", "awq", "gptq", "rotated", "rotated_gptq")
+# What a row's method is called where it is not the quantiser's name.
+_NAMES = {"imatrix": "mse", "rotated": "rtn", "rotated_gptq": "gptq"}
 RULES = ("absmax", "minimum")
 SIZES = ("8", "16", "32", "64", "128", "256", "channel")
 VERSION = 1
@@ -68,7 +72,7 @@ class Config:
   ctx: int = option(512, "Tokens in a chunk.")
   chunks: int = option(40, "Chunks to score.")
   sequences: int = option(64, "Sequences to calibrate with.")
-  seed: int = option(0, "Of the draw of these.")
+  seed: int = option(0, "Of the draw of these, and of the rotation.")
 
 
 def run(config: Config) -> list[Record]:
@@ -96,6 +100,7 @@ class _Prepared:
   source: Checkpoint
   reference: Reference
   tokens: NDArray[np.int32]
+  seed: int
 
   @classmethod
   def of(cls, config: Config) -> "_Prepared":
@@ -103,6 +108,11 @@ class _Prepared:
       config.model, config.text, config.calibration_text,
       config.ctx, config.chunks, config.sequences, config.seed,
     )  # fmt: skip
+
+  @functools.cached_property
+  def rotated(self) -> Checkpoint:
+    """The model with a rotation in its weights, in float32."""
+    return _float(RotatedCheckpoint(self.source, self.seed))
 
   @functools.cached_property
   def importance(self) -> dict[str, NDArray[np.float32]]:
@@ -128,20 +138,20 @@ def _prepared(
   source = open_checkpoint(inputs.ALIASES.get(model, model))
   reference = Reference(_float_model(source), inputs.text(text), ctx, chunks)
   tokens = sequences(source, inputs.text(calibration), ctx, count, seed)
-  return _Prepared(source, reference, tokens)
+  return _Prepared(source, reference, tokens, seed)
 
 
 def _row(prepared: _Prepared, grid: Grid, method: str) -> Record:
-  source = prepared.source
+  source = prepared.rotated if method.startswith("rotated") else prepared.source
   made = MemoryCheckpoint(source.config, source.metadata)
-  name: Any = "mse" if method == "imatrix" else method
+  name: Any = _NAMES.get(method, method)
   begin = time.perf_counter()
   quantize_model(
     source,
     lambda _: made,
     Scheme(grid=grid, method=name, head="keep"),
     importance=prepared.importance if method == "imatrix" else None,
-    tokens=prepared.tokens if method in NEEDS_TEXT else None,
+    tokens=prepared.tokens if name in NEEDS_TEXT else None,
   )
   seconds = time.perf_counter() - begin
   matrices = [n for n, t in source.tensors.items() if n.startswith("blk.") and len(t.shape) == 2]
@@ -172,12 +182,16 @@ def _row(prepared: _Prepared, grid: Grid, method: str) -> Record:
 
 def _float_model(source: Checkpoint) -> Any:
   """The model with all weights in float32: no rounding of activations."""
+  return load_checkpoint(_float(source))
+
+
+def _float(source: Checkpoint) -> MemoryCheckpoint:
   plain = MemoryCheckpoint(source.config, source.metadata)
   for name, tensor in source.tensors.items():
     values = floats(source, name)
     rows = np.ascontiguousarray(values.reshape(tensor.num_rows, -1)).view(np.uint8)
     plain.write(dataclasses.replace(tensor, format="f32"), rows)
-  return load_checkpoint(plain)
+  return plain
 
 
 def table(records: list[Record]) -> list[list[str]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags as absl_flags
 
 from q4jax.cli import compile_cache, cpus, kv
+from q4jax.cli.parsing import UsageError
 from q4jax.errors import ConfigError
 
 if TYPE_CHECKING:  # The model brings JAX, which only a command that runs should wait for.
@@ -89,6 +90,26 @@ def define_text(flags: absl_flags.FlagValues, help: str) -> None:
     "sequences", 128, "Sequences, drawn from all over the text.", 1, flag_values=flags
   )
   absl_flags.DEFINE_integer("seed", 0, "Of the draw.", 0, flag_values=flags)
+
+
+def define_rotate(flags: absl_flags.FlagValues) -> None:
+  """--rotate and --rotate_seed, which `rotate_seed` reads."""
+  absl_flags.DEFINE_boolean(
+    "rotate", False, "Fold a random Hadamard rotation into the weights first: the model computes "
+    "the same, and outliers are spread.", flag_values=flags,
+  )  # fmt: skip
+  absl_flags.DEFINE_integer("rotate_seed", 0, "Of the rotation.", 0, flag_values=flags)
+
+
+def rotate_seed(flags: absl_flags.FlagValues) -> int | None:
+  """The seed of the rotation that is asked for; None where none is.
+
+  Raises:
+    UsageError: a seed for no rotation.
+  """
+  if flags["rotate_seed"].present and not flags.rotate:
+    raise UsageError("--rotate_seed is for --rotate; give that too.")
+  return flags.rotate_seed if flags.rotate else None
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

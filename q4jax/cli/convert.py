@@ -5,7 +5,8 @@
 
 SOURCE is a .gguf or .qbin file, a Hugging Face folder (config.json, .safetensors, tokenizer.json),
 an .orbax folder, a name on the hub, or tiny. OUT ends in .gguf, .qbin or .orbax. Nothing is
-quantised: q4jax quantize does that. OUT appears when it is complete, never in part.
+quantised: q4jax quantize does that. --rotate alone changes weights: the rotated model, in float32,
+computes the same. OUT appears when it is complete, never in part.
 
 --json prints one object: source, out, tensors, weights, source_bytes (of the tensors), out_bytes
 (of all of OUT), has_tokenizer, and stored_as: formats that OUT does not have, and the ones that
@@ -30,13 +31,14 @@ absl_flags.DEFINE_enum(
   "multiplies with as they are (the default).",
   flag_values=FLAGS,
 )
+common.define_rotate(FLAGS)
 absl_flags.DEFINE_boolean("force", False, "Replace OUT if it exists.", flag_values=FLAGS)
 common.define_json(FLAGS)
 
 
 def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   """Converts."""
-  source, out = arguments[0], Path(arguments[1])
+  source, out, seed = arguments[0], Path(arguments[1]), common.rotate_seed(flags)
   common.check_out(out, flags.force)
   from q4jax.formats.open import check_suffix
   from q4jax.offline.convert import convert
@@ -44,7 +46,9 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   check_suffix(out)
   path = common.find_model(source, flags)  # After OUT: it may take a long download.
   with common.bar(f"writing {out}") if common.watched(flags) else nullcontext() as advance:
-    found = convert(path, out, layout=flags.layout, force=flags.force, progress=advance)
+    found = convert(
+      path, out, layout=flags.layout, rotate=seed, force=flags.force, progress=advance
+    )
   if flags.json:
     common.print_json(asdict(found))
     return 0

@@ -17,6 +17,11 @@ each group's grid for the least squared error, weighted by --calibration if give
 norm that forgives outliers; gptq and awq let --text run through the model, layer by layer: gptq
 lets each weight make up for the rounding errors before it, awq scales up the inputs that matter.
 
+--rotate folds a random orthogonal matrix (--rotate_seed) into the weights before they are rounded,
+as QuaRot and SpinQuant do: OUT is a plain model still, whose head is a matrix of its own. A
+calibration of SOURCE says nothing of rotated inputs: write the rotated model first (q4jax convert
+--rotate), calibrate and quantise that.
+
 --json prints one object with the keys source, out, type, bits_per_weight (of all tensors),
 source_bytes, out_bytes, seconds and peak_rss_bytes.
 """
@@ -63,6 +68,7 @@ absl_flags.DEFINE_string(
   "squares of inputs weigh errors.", flag_values=FLAGS,
 )  # fmt: skip
 common.define_text(FLAGS, "Text for --method=gptq and awq, UTF-8; - is stdin.")
+common.define_rotate(FLAGS)
 absl_flags.DEFINE_boolean(
   "requantize", False, "Take a source that is quantised already.", flag_values=FLAGS
 )
@@ -78,15 +84,25 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   source_name, out = arguments[0], Path(arguments[1])
   common.check_out(out, flags.force)
   cpus.limit_threads(flags.threads)
-  scheme = _scheme(flags)
+  scheme, seed = _scheme(flags), common.rotate_seed(flags)
+  if seed is not None and flags.calibration is not None:
+    raise UsageError(
+      f"--calibration={flags.calibration} is of the inputs of {source_name} as it is, and --rotate "
+      "mixes these. Write the rotated model with q4jax convert --rotate, calibrate that, and "
+      "quantise it without --rotate."
+    )
   from q4jax.cli.speed import rss_bytes
   from q4jax.formats.open import open_checkpoint, open_sink
   from q4jax.offline.calibration import read_importance
   from q4jax.offline.quantize import quantize_model, targets
+  from q4jax.offline.rotate import RotatedCheckpoint
 
   importance = None if flags.calibration is None else read_importance(flags.calibration)
   begin = time.perf_counter()
-  with open_checkpoint(common.find_model(source_name, flags)) as source:
+  with open_checkpoint(common.find_model(source_name, flags)) as opened:
+    source, bytes_in = opened, sum(t.nbytes for t in opened.tensors.values())
+    if seed is not None:
+      source = RotatedCheckpoint(opened, seed, flags.requantize)
     options: dict[str, Any] = {}
     if out.suffix == ".gguf" and scheme.mix is not None:
       options["file_type"] = scheme.mix
@@ -102,7 +118,6 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
         again=flags.requantize,
         progress=advance,
       )
-    bytes_in = sum(t.nbytes for t in source.tensors.values())
     bytes_out = sum(t.nbytes for t in planned.values())
     weights = sum(t.num_rows * t.shape[-1] for t in planned.values())
   seconds = time.perf_counter() - begin

@@ -12,6 +12,7 @@ from q4jax.formats.group_blocks import ggml_format
 from q4jax.formats.hub import resolve
 from q4jax.formats.open import open_checkpoint, open_sink
 from q4jax.formats.qbin import QbinCheckpoint
+from q4jax.offline.rotate import RotatedCheckpoint
 
 
 class Progress(Protocol):
@@ -47,18 +48,20 @@ def convert(
   out: str | Path,
   *,
   layout: str | None = None,
+  rotate: int | None = None,
   force: bool = False,
   progress: Progress | None = None,
 ) -> Converted:
   """Writes a model anew, in the format that the suffix of `out` says.
 
   The bytes of every tensor stay, but for what `Converted.stored_as` lists: the weights of those
-  stay. Peak memory: about one tensor.
+  stay. With `rotate` they do not: see `RotatedCheckpoint`. Peak memory: about one tensor.
 
   Args:
     source: whatever `open_checkpoint` opens.
     out: a path that ends in .gguf, .qbin or .orbax.
     layout: of a .qbin's matrices: "rows", or "x16" as a CPU multiplies with them.
+    rotate: the seed of a rotation to fold into the weights.
     force: replaces what is at `out`; it stays until the new one is complete.
 
   Raises:
@@ -67,7 +70,8 @@ def convert(
   """
   out = Path(out).expanduser()
   _check_free(out, resolve(str(source)), force)
-  with open_checkpoint(source) as model:
+  with open_checkpoint(source) as opened:
+    model = opened if rotate is None else RotatedCheckpoint(opened, rotate)
     tensors = list(model.tensors.values())
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     options = _options(model, out, layout)

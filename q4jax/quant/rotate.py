@@ -7,6 +7,8 @@ scales of small groups adapt to outliers by themselves.
 """
 
 import functools
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +51,32 @@ def rotate(w: NDArray[np.floating], block: int | None = None) -> Floats:
     return np.asarray(scale * (_hadamard(outer) @ x)).reshape(stop - start, -1)
 
   return by_rows(chunk, rows.shape).reshape(w.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+  """Q = diag(signs) H, orthogonal: QuaRot's randomised Hadamard matrix (section 3 there).
+
+  The random signs are for what all rows have in common, which H alone may gather in one place as
+  well as spread.
+
+  Attributes:
+    signs: float32[K] of 1 and -1.
+  """
+
+  signs: Floats
+
+  @classmethod
+  def random(cls, k: int, rng: np.random.Generator) -> Self:
+    return cls(rng.choice(np.array([-1, 1], np.float32), k))
+
+  def inputs(self, w: NDArray[np.floating]) -> Floats:
+    """w Q for float[..., K], float32: a matrix for inputs x Q, or such inputs."""
+    return rotate(w * self.signs)
+
+  def outputs(self, w: NDArray[np.floating]) -> Floats:
+    """Q^T w for float[..., K, N], float32: a matrix whose outputs y become y Q."""
+    return self.inputs(w.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 @functools.cache

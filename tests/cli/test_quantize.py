@@ -85,6 +85,8 @@ def test_integers_into_qbin(
     (("--type=int4", "--method=gptq"), 1, "give --text=FILE"),
     (("--type=q4_0", f"--text={TEXT}"), 1, "leave --text out"),
     (("--type=q4_0", "--calibration=/nowhere"), 1, "/nowhere"),
+    (("--type=q4_0", "--rotate_seed=1"), 2, "give that too"),
+    (("--type=q4_0", "--rotate", "--calibration=x"), 2, "q4jax convert --rotate, calibrate that"),
     (("--typo=q4_0",), 2, "Did you mean --type"),
   ],
 )
@@ -92,6 +94,18 @@ def test_errors(q4jax: Run, tmp_path: Path, flags: tuple[str, ...], code: int, s
   result = q4jax("quantize", SOURCE, tmp_path / "out.gguf", *flags)
   assert result.code == code and said in result.err, result.err
   assert not list(tmp_path.iterdir())
+
+
+def test_rotated(q4jax: Run, tmp_path: Path, short_text: Path) -> None:
+  rotated, out = tmp_path / "rotated.gguf", tmp_path / "out.qbin"
+  assert q4jax("convert", SOURCE, rotated, "--rotate", "--rotate_seed=2").code == 0
+  for flags in (("--type=q4_k_m",), ("--type=int4", "--method=hqq", "--nosymmetric")):
+    flags = (*flags, "--rotate", "--rotate_seed=2", "--force")
+    assert q4jax("quantize", SOURCE, out, *flags).code == 0
+    scored = (f"--text={short_text}", "--ctx=64", "--chunks=8", "--json")
+    row = json.loads(q4jax("diff", rotated, out, *scored).out)
+    # Of another rotation the relative error would be about 1.4.
+    assert row["mean_relative_l2"] < 0.12 and row["comparison"]["kl"] < 0.1
 
 
 def test_what_exists_stays(q4jax: Run, tmp_path: Path) -> None:
