@@ -1,6 +1,6 @@
 r"""Quantisation-aware training, all variants from one float model with equal tokens, beside PTQ.
 
-  python -m experiments.qat_variants --tokens=/work/tinydata/train.bin --steps=400 --seeds=0,1,2 \
+  python -m experiments.qat_variants --tokens=runs/tiny/train.bin --steps=400 --seeds=0,1,2 \
     --out=experiments/results/qat_variants.json
 
 trains on --tokens (uint16 ids, as experiments.tiny.prepare writes them; the packaged calibration
