@@ -85,6 +85,12 @@ notebooks: $(INSTALLED) $(NATIVE) ## write colab/*.ipynb from their .py, and run
 	$(BIN)/pip install --quiet --constraint=constraints.txt --editable '.[dev,notebooks]'
 	PYTHONPATH=. JAX_PLATFORMS=cpu $(BIN)/python -m colab.pairing --execute
 
+# --strict: a link that leads nowhere is an error.
+.PHONY: docs
+docs: $(INSTALLED) ## build the documentation site into build/site
+	$(BIN)/pip install --quiet --constraint=constraints.txt --editable '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 # Generated code wants a runtime as new as its generator, so that is the oldest which will do.
 PROTO_BIN := .venv-proto/bin
 
@@ -112,7 +118,8 @@ check-wheel: $(INSTALLED) ## build a wheel, install it into a fresh environment 
 constraints: $(INSTALLED) ## pin the newest versions of everything anew, for all Pythons
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version=3.11 --no-annotate \
-	  --custom-compile-command='make constraints' --extra=dev --extra=notebooks --extra=serve --extra=viz \
+	  --custom-compile-command='make constraints' --extra=dev --extra=docs --extra=notebooks \
+	  --extra=serve --extra=viz \
 	  --output-file=constraints.txt pyproject.toml
 
 .PHONY: clean

@@ -108,7 +108,12 @@ def test_headers_are_the_oldest_supported() -> None:
 
 def test_every_direct_dependency_is_pinned() -> None:
   extras = PYPROJECT["project"]["optional-dependencies"]
-  declared = [*PYPROJECT["project"]["dependencies"], *extras["dev"], *extras["train"]]
+  declared = [
+    *PYPROJECT["project"]["dependencies"],
+    *extras["dev"],
+    *extras["docs"],
+    *extras["train"],
+  ]
   names = {canonicalize_name(Requirement(line).name) for line in declared} - {"q4jax"}
   lines = (ROOT / "constraints.txt").read_text().splitlines()
   pins = [Requirement(line) for line in lines if not line.startswith("#")]

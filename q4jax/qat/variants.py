@@ -88,7 +88,7 @@ class Recipe:
 
 
 # Of a step, from its centre. GPTQ's codes make up for each other's errors. At 0.499 so many of them
-# sit on an edge that one step of Adam undoes it (tiny, 4 bits: KL from 0.01 to 0.97); at 0.47 two do.
+# sit on an edge that one step of Adam undoes it (tiny, 4 bits: KL from 0.01 to 0.97).
 _MARGIN = 0.4
 
 Filter = Callable[[tuple, Any], bool]
