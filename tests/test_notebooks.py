@@ -16,9 +16,8 @@ by_name = pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in 
 
 
 def test_there_are_some():
-  assert {"quickstart", "kv_explorer", "quantization_explorer", "ablation_tables"} <= {
-    path.stem for path in SOURCES
-  }
+  names = {"quickstart", "kv_explorer", "quantization_explorer", "qat_in_ten_minutes"}
+  assert names | {"ablation_tables"} <= {path.stem for path in SOURCES}
 
 
 @by_name
