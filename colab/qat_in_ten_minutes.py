@@ -110,7 +110,9 @@ tokenizer = q4jax.load(FLOAT).tokenizer
 start = np.array(tokenizer.encode_parts([], add_eos=False), np.int32)
 row = np.array(tokenizer.encode(train_text)[len(start) :], np.int32)
 windows = Windows(row, start, ctx=128, batch=8, seed=0)
-config = TrainConfig(steps=STEPS, weight_rate=1e-4, quantizer_rate=2e-5, warmup=0.3)
+# Of weights and of their grids; the fewer the bits, the further both must go.
+rates = {4: (2e-4, 2e-5), 3: (4e-4, 5e-5), 2: (1e-3, 2e-4)}[BITS]
+config = TrainConfig(steps=STEPS, weight_rate=rates[0], quantizer_rate=rates[1])
 
 losses = []
 with Progress() as bar:
@@ -130,7 +132,7 @@ model = measure("qat", trained)
 # ## The curve
 #
 # Each step reads other text, so the curve is rough. The first step is GPTQ's model; the first updates
-# undo some of what GPTQ balanced, so the loss rises before it falls below where it was.
+# undo some of what GPTQ balanced, so the loss may rise before it falls below where it was.
 
 # %%
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
@@ -145,8 +147,8 @@ print(f"of rtn's KL, gptq takes away {1 - kls[1] / kls[0]:.0%}, training {1 - kl
 # %% [markdown]
 # ## What it writes
 #
-# The exported file is bit for bit what was trained. At 3 bits GPTQ leaves little to win, and so few steps
-# do not win it: set `BITS` to see.
+# The exported file is bit for bit what was trained. The fewer the bits, the more training has to win
+# over GPTQ: set `BITS` to see.
 
 # %%
 engine = q4jax.Engine(model)

@@ -34,9 +34,8 @@ SMALL = {
   "--samples=2 --batch=2 --context=64 --pairs=4",
   "python -m experiments.kv_threshold": f"--policies=threshold --selects=keep:0.6 {SMALL_KV}",
   "python -m experiments.profile_decode": "--tokens=4 --runs=1",
-  "python -m experiments.qat_variants": "--grids=3:minimum --weight_rates=1e-4 "
-  "--quantizer_rates=5e-5 --ptq=rtn --variants=lsq:mse --seeds=0 --steps=1 --batch=1 --ctx=16 "
-  "--sequences=2 --chunks=1",
+  "python -m experiments.qat_variants": "--grids=3:minimum --methods=rtn,lsq:mse --seeds=0 "
+  "--steps=1 --batch=1 --ctx=16 --sequences=2 --chunks=1",
   "python -m experiments.quant_error": "--methods=rtn --bits=4 --groups=32 --rules=absmax "
   "--kquants= --rows=2",
   "python -m experiments.readme_tables": "--check",
