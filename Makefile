@@ -29,8 +29,8 @@ demo: $(INSTALLED) $(NATIVE) ## watch the embedded int4 Llama write text
 demo-qat: $(INSTALLED) $(NATIVE) ## train the embedded model under 3-bit rounding: a few minutes
 	mkdir -p runs
 	$(BIN)/q4jax qat experiments/tiny/tiny.f16.gguf runs/demo-qat.gguf --force --qat=lsq --bits=3 \
-	  --rule=minimum --text=q4jax/data/calibration.txt --ctx=128 --batch=8 --steps=100 \
-	  --weight_rate=3e-4 --quantizer_rate=5e-5 --held_out=q4jax/data/held_out.txt --chunks=10
+	  --rule=minimum --init=gptq --text=q4jax/data/calibration.txt --ctx=128 --batch=8 --steps=100 \
+	  --held_out=q4jax/data/held_out.txt --chunks=10
 
 .PHONY: test
 test: $(INSTALLED) $(NATIVE) ## run all tests but the slow ones

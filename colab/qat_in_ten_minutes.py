@@ -110,9 +110,7 @@ tokenizer = q4jax.load(FLOAT).tokenizer
 start = np.array(tokenizer.encode_parts([], add_eos=False), np.int32)
 row = np.array(tokenizer.encode(train_text)[len(start) :], np.int32)
 windows = Windows(row, start, ctx=128, batch=8, seed=0)
-# Of weights and of their grids; the fewer the bits, the further both must go.
-rates = {4: (2e-4, 2e-5), 3: (4e-4, 5e-5), 2: (1e-3, 2e-4)}[BITS]
-config = TrainConfig(steps=STEPS, weight_rate=rates[0], quantizer_rate=rates[1])
+config = TrainConfig(steps=STEPS)  # Learning rates that suit the grid's steps.
 
 losses = []
 with Progress() as bar:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
-from absl import flags
+from absl import app, flags
 
 T = TypeVar("T")
 
@@ -22,16 +22,23 @@ def define(config: type) -> None:
     if isinstance(default, tuple):
       flags.DEFINE_list(field.name, [str(value) for value in default], help)
     else:
-      kinds: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+      kinds: dict[type, Any] = {
+        bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
+      }  # fmt: skip
       kinds.get(type(default), flags.DEFINE_string)(field.name, default, help)
 
 
 def read(config: type[T]) -> T:
-  """The Config that the flags say."""
+  """The Config that the flags say; UsageError where a list holds what is no number."""
   values: dict[str, Any] = {}
   for field in dataclasses.fields(config):  # type: ignore[arg-type]
     value: Any = flags.FLAGS[field.name].value
     if isinstance(field.default, tuple):
-      value = tuple(type(field.default[0])(word) for word in value)
+      kind = type(field.default[0])
+      try:
+        value = tuple(kind(word) for word in value)
+      except ValueError:
+        text = ",".join(value)
+        raise app.UsageError(f"--{field.name}={text}: not all of it is {kind.__name__}.") from None
     values[field.name] = value
   return config(**values)

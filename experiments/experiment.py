@@ -120,9 +120,11 @@ def key(name: str, version: int, config: Any) -> str:
   names as models or texts are part of it, where they are written to is not.
   """
   values = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
-  named = {k: v for k, v in values.items() if v and (k == "text" or k.endswith("model"))}
   files = {
-    k: inputs.digest(inputs.where("text" if k == "text" else "model", v)) for k, v in named.items()
+    k: inputs.digest(inputs.where(kind, v))
+    for kind in ("text", "model")
+    for k, v in values.items()
+    if v and k.endswith(kind)
   }
   text = json.dumps([name, version, values, files], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

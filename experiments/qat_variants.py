@@ -1,19 +1,23 @@
 r"""Quantisation-aware training, all variants from one float model with equal tokens, beside PTQ.
 
   python -m experiments.qat_variants --grids=4:absmax --methods=rtn,lsq:gptq --seeds=0
-  python -m experiments.reproduce --full --only=qat_variants       # the table: 72 rows, resumable
+  python -m experiments.qat_variants --model=llama.f32.gguf --train_text=a.txt --text=b.txt \
+    --group_size=32
+  python -m experiments.reproduce --full --only=qat_variants      # the table: 114 rows, resumable
 
 The first takes 2 minutes on two CPU cores and shows that it runs; a row of the table takes one.
-Trains on --tokens (uint16 ids, as experiments.tiny.prepare writes them; the packaged calibration
-text if not given) and measures on --text: perplexity, KL to the float model and how often both find
-the same token likeliest, by q4jax.compare, on the model that was exported and loaded again.
+Trains on --train_text and measures on --text: perplexity, KL to the float model and how often both
+find the same token likeliest, by q4jax.compare, on the model that was exported and loaded again.
 
   grids      BITS:RULE; lsq_zero takes the rule minimum wherever it is not
   methods    of q4jax quantize (rtn, mse, hqq, gptq), for which seeds are all the same; or
              VARIANT:INIT (q4jax/qat/variants.py). GPTQ and Block-AP read --sequences windows
+  kv_bits, activations   what runs beside the rounded weights, in training and when measured, on
+             the student itself; --blind trains as if both were float. Here methods are VARIANT:INIT
+             alone, ptq:rtn and ptq:gptq for no training
 
 recovered: the share of RTN's loss that is gone, of KL and of log perplexity. RTN, of the grid named
-by --grids, is each grid's 0%, the float model 100%.
+by --grids and beside the same cache and activations, is each grid's 0%, the float model 100%.
 
 Expected: at 4 bits GPTQ leaves little to learn; the fewer the bits, the more training is worth.
 """
@@ -24,9 +28,11 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax
 import numpy as np
+from flax import nnx
 
 from experiments import inputs, plots
 from experiments.config_flags import option
@@ -37,12 +43,15 @@ from q4jax.formats.checkpoint import Checkpoint
 from q4jax.formats.gguf_checkpoint import GGUFCheckpoint
 from q4jax.formats.memory import MemoryCheckpoint
 from q4jax.loading import load_checkpoint
+from q4jax.model.model import Model
 from q4jax.offline.quantize import quantize_model
 from q4jax.offline.scheme import NEEDS_TEXT, Scheme
 from q4jax.qat import export
 from q4jax.qat.block_ap import BlockConfig
 from q4jax.qat.data import Windows
+from q4jax.qat.rates import LORA
 from q4jax.qat.run import Hooks, learn
+from q4jax.qat.student import Student, with_rounding
 from q4jax.qat.trainer import TrainConfig
 from q4jax.qat.variants import Recipe
 from q4jax.quant.grid import Grid
@@ -56,9 +65,9 @@ class Config:
   """What to train, and how long."""
 
   model: str = option("tiny_f16", "A GGUF of float weights, or tiny_f16.")
-  tokens: str = option("", "File of uint16 token ids to train on; else the packaged text.")
+  train_text: str = option("calibration", "As --text, to train on; or a .bin of uint16 token ids.")
   text: str = option("held_out", "held_out, a file, or hf://datasets/..., to measure on.")
-  chunks: int = option(40, "Chunks of 512 tokens to measure on.")
+  chunks: int = option(40, "Chunks of 512 tokens, or of the context if less, to measure on.")
   grids: tuple[str, ...] = option(("4:absmax", "3:minimum", "2:minimum"), "See above.")
   group_size: int = option(128, "Weights that share a scale.")
   methods: tuple[str, ...] = option(
@@ -66,26 +75,27 @@ class Config:
      "lsq_zero:gptq", "block_ap:gptq", "lora:gptq"), "See above.",
   )  # fmt: skip
   loss: str = option("kl", "ce, kl or both.")
+  kv_bits: int = option(16, "Of the KV cache: 16, 8 or 4.")
+  activations: str = option("float", "Inputs of products: float; int8, by token or observed.")
+  blind: bool = option(False, "Train as if cache and activations were float.")
   seeds: tuple[int, ...] = option((0, 1, 2), "Each a run with other windows.")
   steps: int = option(100, "Steps; Block-AP spends half of its tokens block by block.")
   batch: int = option(8, "Windows in a step.")
   ctx: int = option(128, "Tokens in a window.")
   sequences: int = option(128, "Windows that GPTQ and Block-AP read.")
-  weight_rate: float = option(0, "Learning rate; 0 for what suits the bits.")
-  quantizer_rate: float = option(0, "Of scales and minimums; 0 for what suits the bits.")
-  lora_rate: float = option(5.0, "LoRA's rate, times the weights'.")
+  weight_rate: float = option(0.0, "Learning rate; 0 for what suits the grid (qat/rates.py).")
+  quantizer_rate: float = option(0.0, "Of scales and minimums; the same.")
   implementation: str = option("cpu_exact", "Of the int4 matmul that measures; '' for the fastest.")
-
-
-# By bits, of weights and of their grid: found by runs of 40 to 120 steps with seed 0.
-RATES = {4: (2e-4, 2e-5), 3: (4e-4, 5e-5), 2: (1e-3, 2e-4)}
 
 
 def run(config: Config) -> list[Record]:
   """A record for each grid, method and seed."""
-  if config.tokens and not Path(config.tokens).is_file():
+  if config.blind and config.activations == "observed":
+    raise ConfigError("--blind --activations=observed: no ranges were observed; take token.")
+  others = config.kv_bits != 16 or config.activations != "float"
+  if others and not all(":" in m for m in config.methods):
     raise ConfigError(
-      f"--tokens={config.tokens} is no file. `python -m experiments.tiny.prepare` writes one."
+      "--methods: with --kv_bits or --activations a student is measured; write ptq:rtn for rtn."
     )
   records = []
   bench = _bench(dataclasses.replace(config, grids=(), methods=(), seeds=()))
@@ -94,10 +104,15 @@ def run(config: Config) -> list[Record]:
     grid = Grid(int(bits), config.group_size, rule)  # type: ignore[arg-type]
     for method in config.methods:
       trained = ":" in method
-      for seed in config.seeds if trained else config.seeds[:1]:
+      for seed in config.seeds if _learns(method) else config.seeds[:1]:
         record = bench.trained(grid, method, seed) if trained else bench.ptq(grid, method)
-        records.append({"grid": name, **record})
+        setting = {k: getattr(config, k) for k in ("loss", "kv_bits", "activations", "blind")}
+        records.append({"grid": name, **setting, **record})
   return records
+
+
+def _learns(method: str) -> bool:
+  return ":" in method and not method.startswith("ptq:")
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,7 +129,8 @@ class _Bench:
     self.start = np.asarray(tokenizer.encode_parts([], add_eos=False), np.int32)
     self.row = _row(config, tokenizer, len(self.start))
     model = load_checkpoint(source)
-    self.reference = Reference(model, inputs.text(config.text), 512, config.chunks)
+    ctx = min(512, source.config.context_length)
+    self.reference = Reference(model, inputs.text(config.text), ctx, config.chunks)
 
   def windows(self, seed: int) -> Windows:
     c = self.config
@@ -131,42 +147,50 @@ class _Bench:
       self.source, lambda _: made, Scheme(grid=grid, method=method, head="keep"),  # type: ignore[arg-type]
       tokens=self.calibration() if method in NEEDS_TEXT else None,
     )  # fmt: skip
-    return self._record(method, None, grid, made, time.perf_counter() - begin, [])
+    seconds = time.perf_counter() - begin
+    return self._record(method, None, grid, self._loaded(made), seconds, [])
 
   def trained(self, grid: Grid, variant: str, seed: int) -> Record:
     c, (name, _, init) = self.config, variant.partition(":")
     if name == "lsq_zero":
       grid = dataclasses.replace(grid, rule="minimum")
-    recipe = Recipe(name, grid, init)  # type: ignore[arg-type]
-    usual = RATES.get(grid.bits, RATES[4])
-    rate = (c.weight_rate or usual[0]) * (c.lora_rate if name == "lora" else 1)
-    quantizer_rate, steps = c.quantizer_rate or usual[1], c.steps
-    blocks = None
+    recipe = Recipe(name, grid, init, c.kv_bits, c.activations)  # type: ignore[arg-type]
+    taught = dataclasses.replace(recipe, kv_bits=16, activations="float") if c.blind else recipe
+    rate, quantizer_rate = c.weight_rate or None, c.quantizer_rate or None
+    if rate is not None and name == "lora":
+      rate *= LORA
+    blocks, steps = None, c.steps
     if name == "block_ap":
       steps = c.steps // 2
       # As many tokens: a block's step is one of L of a step end to end.
       blocks = BlockConfig(steps, c.batch, rate, quantizer_rate, seed)
-    train = TrainConfig(
-      steps, c.loss, weight_rate=rate, quantizer_rate=quantizer_rate,  # type: ignore[arg-type]
-    )  # fmt: skip
+    train = TrainConfig(steps, c.loss, rate, quantizer_rate)  # type: ignore[arg-type]
     curve: list[float] = []
     hooks = Hooks(metrics=lambda record: curve.append(record["loss"]))
     begin, made = time.perf_counter(), self._memory()
     student = learn(
-      self.source, recipe, train, self.windows(seed), self.calibration(), blocks, hooks=hooks
+      self.source, taught, train, self.windows(seed), self.calibration(), blocks, hooks=hooks
     )
+    seconds = time.perf_counter() - begin
+    seeded = seed if _learns(variant) else None
+    if (c.kv_bits, c.activations) != (16, "float"):
+      r = recipe.rounding
+      student = with_rounding(student, keys=r.keys, values=r.values, activations=r.activations)
+      return self._record(variant, seeded, grid, _Running(student), seconds, curve)
     export.write(student, self.source, lambda _: made)
-    return self._record(variant, seed, grid, made, time.perf_counter() - begin, curve)
+    return self._record(variant, seeded, grid, self._loaded(made), seconds, curve)
 
   def _memory(self) -> MemoryCheckpoint:
     return MemoryCheckpoint(self.source.config, self.source.metadata)
 
+  def _loaded(self, made: MemoryCheckpoint) -> Model:
+    return load_checkpoint(made, implementation=self.config.implementation or None)
+
   def _record(
-    self, method: str, seed: int | None, grid: Grid, made: MemoryCheckpoint, seconds: float,
+    self, method: str, seed: int | None, grid: Grid, model: "Model | _Running", seconds: float,
     curve: list[float],
   ) -> Record:  # fmt: skip
-    model = load_checkpoint(made, implementation=self.config.implementation or None)
-    found: Comparison = self.reference.compare(model)
+    found: Comparison = self.reference.compare(cast(Model, model))
     bits = grid.bits + 16 * (1 if grid.symmetric else 2) / self.config.group_size
     record = {
       "method": method, "seed": seed, "bpw": bits, **dataclasses.asdict(found),
@@ -180,27 +204,58 @@ class _Bench:
     return record
 
 
+class _Running:
+  """A student as `Reference.compare` takes a model: beside the weights, its cache and activations
+  are rounded as in training.
+  """
+
+  def __init__(self, student: Student):
+    self.config, self.path = student.config, "the student"
+    graph, self._state = nnx.split(student)
+    self._run = jax.jit(lambda state, rows: nnx.merge(graph, state)(rows))
+
+  def logits(self, row: np.ndarray) -> jax.Array:
+    """int32[T] -> float32[1, T, V]."""
+    return self._run(self._state, row[None])
+
+
 def _row(config: Config, tokenizer: Tokenizer, skip: int) -> np.ndarray:
-  if config.tokens:
-    return np.fromfile(config.tokens, np.uint16).astype(np.int32)
-  return np.asarray(tokenizer.encode_parts([inputs.text("calibration")], add_eos=False), np.int32)[
-    skip:
-  ]
+  """int32[total], without what the model begins a text with."""
+  if Path(config.train_text).suffix == ".bin":
+    if not Path(config.train_text).is_file():
+      raise ConfigError(
+        f"--train_text={config.train_text} is no file. `python -m experiments.tiny.prepare` writes "
+        "one."
+      )
+    return np.fromfile(config.train_text, np.uint16).astype(np.int32)
+  text = inputs.text(config.train_text)
+  return np.asarray(tokenizer.encode_parts([text], add_eos=False), np.int32)[skip:]
 
 
 def recovered(records: list[Record]) -> list[Record]:
   """The records, each with the shares of its grid's RTN that are gone, where that is among them."""
-  zero = {r["grid"]: r for r in records if r["method"] == "rtn"}
+  zero = {_grid(r): r for r in records if r["method"] in ("rtn", "ptq:rtn")}
   return [
     {
       **r,
-      "recovered_kl": 1 - r["kl"] / zero[r["grid"]]["kl"],
-      "recovered_ppl": 1 - np.log(r["ratio"]) / np.log(zero[r["grid"]]["ratio"]),
+      "recovered_kl": 1 - r["kl"] / zero[_grid(r)]["kl"],
+      "recovered_ppl": 1 - np.log(r["ratio"]) / np.log(zero[_grid(r)]["ratio"]),
     }
-    if r["grid"] in zero
+    if _grid(r) in zero
     else r
     for r in records
   ]
+
+
+def _grid(record: Record) -> str:
+  """What RTN is the zero of: the grid, and what runs beside it."""
+  cache = "" if record["kv_bits"] == 16 else f" KV{record['kv_bits']}"
+  return record["grid"] + cache + ("" if record["activations"] == "float" else " A8")
+
+
+def _method(record: Record) -> str:
+  loss = "" if record["loss"] == "kl" else f", {record['loss']}"
+  return record["method"] + loss + (", blind" if record["blind"] else "")
 
 
 def table(records: list[Record]) -> list[list[str]]:
@@ -208,7 +263,7 @@ def table(records: list[Record]) -> list[list[str]]:
   rows = [["grid", "method", "bpw", "perplexity", "KL", "top-1", "recovered KL", "ppl", "seconds"]]
   groups: dict[tuple[str, str], list[Record]] = {}
   for record in recovered(records):
-    groups.setdefault((record["grid"], record["method"]), []).append(record)
+    groups.setdefault((_grid(record), _method(record)), []).append(record)
 
   def spread(group: list[Record], name: str, form: str, factor: float = 1) -> str:
     values = [factor * r[name] for r in group if name in r]
@@ -229,19 +284,19 @@ def table(records: list[Record]) -> list[list[str]]:
 
 def plot(records: list[Record], path: str) -> None:
   """The loss by step, means of 10 steps over all seeds, a panel a grid."""
-  grids = list(dict.fromkeys(r["grid"] for r in records))
+  records = [r for r in records if r["curve"] and r["loss"] == "kl"]
+  grids = list(dict.fromkeys(_grid(r) for r in records))
   with plots.figure(path, len(grids)) as axes:
     for axis, grid in zip(axes, grids, strict=True):
-      of_grid = [r for r in records if r["grid"] == grid and r["curve"]]
-      for method in dict.fromkeys(r["method"] for r in of_grid):
-        curves = [r["curve"] for r in of_grid if r["method"] == method]
+      of_grid = [r for r in records if _grid(r) == grid]
+      for method in dict.fromkeys(_method(r) for r in of_grid):
+        curves = [r["curve"] for r in of_grid if _method(r) == method]
         mean = np.mean(curves, axis=0)
         width = min(10, len(mean))
         smooth = mean[: len(mean) // width * width].reshape(-1, width).mean(axis=1)
         axis.plot(width * (np.arange(len(smooth)) + 1), smooth, label=method)
       axis.set(title=grid, xlabel="step", ylabel="loss (nats)", yscale="log")
-      if of_grid:
-        axis.legend()
+      axis.legend()
 
 
 CLAIMS: tuple[Claim, ...] = ()
@@ -258,13 +313,26 @@ def quick() -> list[Config]:
 
 
 def full() -> list[Config]:
-  """Every variant with three seeds."""
-  config = Config()
-  ptq = tuple(m for m in config.methods if ":" not in m)
-  trained = tuple(m for m in config.methods if ":" in m)
-  return each(dataclasses.replace(config, methods=ptq, seeds=(0,)), "grids", "methods") + each(
-    dataclasses.replace(config, methods=trained), "seeds", "grids", "methods"
-  )
+  """Every variant with three seeds, the other losses, and what runs beside the weights."""
+  # Found on `tiny` with seed 0; `rates.suited` came from them, and gives within 30% of them.
+  rates = {"4:absmax": (2e-4, 2e-5), "3:minimum": (4e-4, 5e-5), "2:minimum": (1e-3, 2e-4)}
+  methods = Config().methods
+  ptq, trained = ([m for m in methods if (":" in m) == learns] for learns in (False, True))
+  configs = []
+  for grid, (weights, quantizers) in rates.items():
+    base = Config(grids=(grid,), weight_rate=weights, quantizer_rate=quantizers)
+    for changes in (
+      {"methods": ptq, "seeds": (0,)}, {"methods": trained},
+      {"methods": ("lsq:gptq",), "loss": "ce"}, {"methods": ("lsq:gptq",), "loss": "both"},
+    ):  # fmt: skip
+      configs += each(dataclasses.replace(base, **changes), "methods", "seeds")
+  base = dataclasses.replace(configs[0], methods=("ptq:rtn", "ptq:gptq"))
+  for beside in ({"kv_bits": 8}, {"kv_bits": 4}, {"activations": "token"}):
+    four = dataclasses.replace(base, **beside)
+    configs += each(four, "methods")
+    four = dataclasses.replace(four, methods=("lsq:gptq",), seeds=Config().seeds)
+    configs += each(dataclasses.replace(four, blind=True), "seeds") + each(four, "seeds")
+  return configs
 
 
 if __name__ == "__main__":

@@ -63,8 +63,13 @@ common.define_text(FLAGS, "Text to learn from, UTF-8; - is stdin.")
 absl_flags.DEFINE_integer("steps", 200, "Of the optimizer.", 1, flag_values=FLAGS)
 absl_flags.DEFINE_integer("batch", 8, "Windows of --ctx tokens in a step.", 1, flag_values=FLAGS)
 absl_flags.DEFINE_integer("accumulate", 1, "Parts a batch is run in.", 1, flag_values=FLAGS)
-absl_flags.DEFINE_float("weight_rate", 1e-4, "Learning rate of weights.", 0, flag_values=FLAGS)
-absl_flags.DEFINE_float("quantizer_rate", 2e-5, "Of scales and minimums.", 0, flag_values=FLAGS)
+absl_flags.DEFINE_float(
+  "weight_rate", None, "Learning rate of weights; if not given, one that suits the grid's steps.",
+  0, flag_values=FLAGS,
+)  # fmt: skip
+absl_flags.DEFINE_float(
+  "quantizer_rate", None, "Of scales and minimums; the same.", 0, flag_values=FLAGS
+)
 absl_flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of matrix products.", flag_values=FLAGS
 )

@@ -24,18 +24,21 @@ from q4jax.model.rope import cos_sin
 from q4jax.offline.layerwise import LayerRunner
 from q4jax.qat import fake_quant as fq
 from q4jax.qat.export import group_array
+from q4jax.qat.rates import suited
 from q4jax.qat.student import Student, with_rounding
 from q4jax.quant.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """How each block is trained: steps of `batch` sequences, and AdamW's learning rates."""
+  """How each block is trained: steps of `batch` sequences, and AdamW's learning rates; None for
+  `rates.suited`.
+  """
 
   steps: int = 100
   batch: int = 4
-  weight_rate: float = 1e-4
-  quantizer_rate: float = 1e-4
+  weight_rate: float | None = None
+  quantizer_rate: float | None = None
   seed: int = 0
 
 
@@ -58,6 +61,12 @@ def train_blocks(
   Raises:
     TrainingError: a block's loss is not finite.
   """
+  weight_rate, quantizer_rate = suited(student)
+  config = dataclasses.replace(
+    config,
+    weight_rate=weight_rate if config.weight_rate is None else config.weight_rate,
+    quantizer_rate=quantizer_rate if config.quantizer_rate is None else config.quantizer_rate,
+  )
   teacher, follower = LayerRunner(source, tokens), LayerRunner(source, tokens)
   layers, grid = source.config.num_layers, student.rounding.grid
   new = with_rounding(student, fixed_codes=False)
@@ -159,6 +168,7 @@ def _optimizer(how: BlockConfig) -> Any:
   def labels(tree: Any) -> Any:
     return {kind: jax.tree.map(lambda _: kind, part) for kind, part in tree.items()}  # noqa: B023
 
+  assert how.weight_rate is not None and how.quantizer_rate is not None
   grids = adam(how.quantizer_rate)
   rates = {"weights": adam(how.weight_rate), "scales": grids, "minimums": grids}
   return optax.multi_transform(rates, labels)

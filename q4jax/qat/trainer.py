@@ -25,6 +25,7 @@ from q4jax.qat.checkpoints import Checkpoints
 from q4jax.qat.data import Windows
 from q4jax.qat.loss import LOSSES, Loss, cross_entropy, kl
 from q4jax.qat.metrics import Metrics
+from q4jax.qat.rates import suited
 from q4jax.qat.student import Student, with_rounding
 from q4jax.qat.variants import Recipe, trained
 
@@ -38,7 +39,7 @@ class TrainConfig:
   Attributes:
     steps: of the optimizer.
     loss: ce (the text), kl (to the float model's predictions), or both, added.
-    weight_rate, quantizer_rate: largest learning rates of AdamW.
+    weight_rate, quantizer_rate: largest learning rates of AdamW; None for `rates.suited`.
     warmup: share of the steps in which rates rise; they then fall as a cosine to a tenth.
     weight_decay: of weights.
     accumulate: parts a batch is run in, one after another; divides it.
@@ -49,8 +50,8 @@ class TrainConfig:
 
   steps: int = 200
   loss: Loss = "kl"
-  weight_rate: float = 1e-4
-  quantizer_rate: float = 1e-5
+  weight_rate: float | None = None
+  quantizer_rate: float | None = None
   warmup: float = 0.05
   weight_decay: float = 0.0
   clip: float = 1.0
@@ -112,6 +113,7 @@ def train(
       f"batch={windows.batch} must be a multiple of accumulate={config.accumulate} times the mesh's"
       f" data={config.data}."
     )
+  config = _with_rates(config, student)
   student = with_rounding(student, dtype=jnp.dtype(config.dtype))
   filters = trained(recipe)
   graph, weights, quantizers, frozen = nnx.split(  # type: ignore[misc]
@@ -154,7 +156,7 @@ def train(
       record = {"step": step + 1, **{n: float(v) for n, v in values.items()}}
       record["seconds"] = time.perf_counter() - begin
       if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
-        raise TrainingError(_diverged(step + 1, record, checkpoints))
+        raise TrainingError(_diverged(step + 1, record, config, checkpoints))
       if metrics is not None:
         metrics.write(record)
       if on_step is not None:
@@ -171,6 +173,15 @@ def train(
     if metrics is not None:
       metrics.close()
   return rebuilt(jax.device_get(state["learning"]), jax.device_get(fixed["rest"]))
+
+
+def _with_rates(config: TrainConfig, student: Student) -> TrainConfig:
+  weights, quantizers = suited(student)
+  return dataclasses.replace(
+    config,
+    weight_rate=weights if config.weight_rate is None else config.weight_rate,
+    quantizer_rate=quantizers if config.quantizer_rate is None else config.quantizer_rate,
+  )
 
 
 def _make_step(
@@ -221,6 +232,7 @@ def _make_step(
 
 
 def _optimizer(config: TrainConfig) -> Any:
+  assert config.weight_rate is not None and config.quantizer_rate is not None
   try:
     import optax
   except ImportError:
@@ -270,7 +282,9 @@ def _about(recipe: Recipe, config: TrainConfig, windows: Windows) -> dict[str, A
   return {"recipe": dataclasses.asdict(recipe), **settings, **data}
 
 
-def _diverged(step: int, record: Mapping[str, float], checkpoints: Checkpoints | None) -> str:
+def _diverged(
+  step: int, record: Mapping[str, float], config: TrainConfig, checkpoints: Checkpoints | None
+) -> str:
   last = None if checkpoints is None else checkpoints.latest
   kept = (
     "No checkpoint was saved before."
@@ -279,5 +293,6 @@ def _diverged(step: int, record: Mapping[str, float], checkpoints: Checkpoints |
   )
   return (
     f"the loss is {record['loss']} and its gradient {record['gradient_norm']} at step {step}. "
-    f"{kept} Take a smaller learning rate."
+    f"{kept} Take smaller learning rates than {config.weight_rate:.2g} of weights and "
+    f"{config.quantizer_rate:.2g} of scales."
   )
