@@ -16,6 +16,7 @@ find the same token likeliest, by q4jax.compare, on the model that was exported 
              the student itself; --blind trains as if both were float. Here methods are VARIANT:INIT
              alone, ptq:rtn and ptq:gptq for no training
 
+tok/s: tokens trained on in a second of all that a method takes, its start and compilations included.
 recovered: the share of RTN's loss that is gone, of KL and of log perplexity. RTN, of the grid named
 by --grids and beside the same cache and activations, is each grid's 0%, the float model 100%.
 
@@ -195,6 +196,7 @@ class _Bench:
     record = {
       "method": method, "seed": seed, "bpw": bits, **dataclasses.asdict(found),
       "ratio": found.ratio, "seconds": round(seconds, 1),
+      "trained_tokens": self.config.steps * self.config.batch * self.config.ctx * bool(curve),
       "curve": [float(f"{x:.5g}") for x in curve],
     }  # fmt: skip
     print(
@@ -260,7 +262,20 @@ def _method(record: Record) -> str:
 
 def table(records: list[Record]) -> list[list[str]]:
   """Rows for Markdown: means over seeds, and the standard deviation of what is compared."""
-  rows = [["grid", "method", "bpw", "perplexity", "KL", "top-1", "recovered KL", "ppl", "seconds"]]
+  rows = [
+    [
+      "grid",
+      "method",
+      "bpw",
+      "perplexity",
+      "KL",
+      "top-1",
+      "recovered KL",
+      "ppl",
+      "seconds",
+      "tok/s",
+    ]
+  ]
   groups: dict[tuple[str, str], list[Record]] = {}
   for record in recovered(records):
     groups.setdefault((_grid(record), _method(record)), []).append(record)
@@ -273,11 +288,13 @@ def table(records: list[Record]) -> list[list[str]]:
     return text + (f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else "")
 
   for (grid, method), group in groups.items():
+    speeds = [r["trained_tokens"] / max(r["seconds"], 0.1) for r in group]
     rows.append([
       grid, method, f"{group[0]['bpw']:.3f}", spread(group, "ppl", ".3f"),
       spread(group, "kl", ".4f"), spread(group, "top1", ".1f", 100) + " %",
       spread(group, "recovered_kl", ".0f", 100) + " %",
       spread(group, "recovered_ppl", ".0f", 100) + " %", spread(group, "seconds", ".0f"),
+      f"{statistics.median(speeds):.0f}" if any(speeds) else "-",
     ])  # fmt: skip
   return rows
 
