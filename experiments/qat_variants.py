@@ -16,7 +16,7 @@ find the same token likeliest, by q4jax.compare, on the model that was exported 
              the student itself; --blind trains as if both were float. Here methods are VARIANT:INIT
              alone, ptq:rtn and ptq:gptq for no training
 
-tok/s: tokens trained on in a second of all that a method takes, its start and compilations included.
+tok/s: tokens trained on, in a second of all that a method takes, start and compilations included.
 recovered: the share of RTN's loss that is gone, of KL and of log perplexity. RTN, of the grid named
 by --grids and beside the same cache and activations, is each grid's 0%, the float model 100%.
 
