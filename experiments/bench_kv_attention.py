@@ -5,7 +5,8 @@ r"""Attention of one decoded token over a cache of one layer: packed blocks besi
 
 Each row takes turns with the others in every repetition, medians over --reps; --layers caches of
 each kind are gone through in one program, as a model does, so that none waits in a processor's
-cache unless it would there too. Blocks are scattered. GB/s counts the bytes of the cache that are
+cache unless it would there too. Every timed run follows one of its own kind that is not timed, as
+token follows token: after half a second of another program's, all are a third slower or more. Blocks are scattered. GB/s counts the bytes of the cache that are
 read; "of read" is the share of a plain sequential read by the same threads. `dense float16` is what
 an engine without compression runs; `bfloat16 (XLA)` is jax.numpy over a bfloat16 cache.
 """
@@ -71,6 +72,7 @@ def _measure(config: Config, slots: int, buffer: np.ndarray) -> list[dict[str, A
     reads.append(probe.read_bandwidth(buffer, probe.threads()))
     for name in names[rep % len(names) :] + names[: rep % len(names)]:  # none is always the first
       call, _ = cases[name]
+      call()
       begin = time.perf_counter()
       call()
       seconds[name].append((time.perf_counter() - begin) / config.layers)

@@ -42,29 +42,24 @@ inline DenseRuns RunsOf(const PagedAttention& a, int64_t tokens, int64_t gone) {
 }
 
 // Brings a block of one KV head in ahead of its use: tables scatter blocks, which no hardware foresees.
-// Inlined, since GCC takes a function that only prefetches for one without effect.
-Q4_INLINE void Prefetch(const PagedPart& part, int64_t block, int64_t slots, int64_t H) {
-  const auto lines = [&](const void* all, int64_t bytes) Q4_LAMBDA {
-    if (!all) return;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)all + block * bytes + i);
-  };
-  lines(part.codes, slots * H * part.bits / 8);
-  lines(part.scale, slots * H / part.group * 2);
-  lines(part.minimum, slots * H / part.group * 2);
-}
+struct Prefetch {
+  const PagedPart& part;
+  int64_t codes, parameters;  // Bytes of one KV head's block.
 
-// Whether one of some slots, a multiple of four, is seen, and whether all are.
-struct Seen {
-  typedef int32_t V __attribute__((vector_size(16)));
-  bool any, all;
-  Q4_INLINE Seen(const int32_t* pos, int64_t slots) {
-    V both = -1 - V{}, either = {};
-    for (int64_t j = 0; j < slots; j += 4) {
-      V four;
-      __builtin_memcpy(&four, pos + j, 16);
-      both &= four, either |= four;
-    }
-    any = (both[0] & both[1] & both[2] & both[3]) >= 0, all = (either[0] | either[1] | either[2] | either[3]) >= 0;
+  Prefetch(const PagedPart& part, int64_t slots, int64_t H)
+      : part(part), codes(slots * H * part.bits / 8), parameters(part.scale ? slots * H / part.group * 2 : 0) {}
+
+  // Inlined, since GCC takes a function that only prefetches for one without effect.
+  Q4_INLINE void operator()(int64_t block) const {
+    Lines(part.codes + block * codes, codes);
+    if (part.scale) Lines((const uint8_t*)part.scale + block * parameters, parameters);
+    if (part.minimum) Lines((const uint8_t*)part.minimum + block * parameters, parameters);
+  }
+
+ private:
+  static Q4_INLINE void Lines(const uint8_t* at, int64_t bytes) {
+    for (const uint8_t* end = at + bytes; at < end; at += 256)  // What is too much is the next head's.
+      for (int i = 0; i < 256; i += 64) __builtin_prefetch(at + i);
   }
 };
 
@@ -74,15 +69,14 @@ template <int R, class Tile>
 Q4_INLINE void KeyTiles(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, float* logits,
                         int64_t stride, const Tile& tile) {
   const int64_t tiles = a.block_size / 16;
+  const Prefetch prefetch(a.key, a.block_size, a.H);
   for (int64_t i = 0; i < blocks; i++) {
-    if (i + kAhead < blocks) Prefetch(a.key, table[i + kAhead] * a.K + h, a.block_size, a.H);
+    if (i + kAhead < blocks) prefetch(table[i + kAhead] * a.K + h);
     for (int64_t s = 0; s < tiles; s++, logits += 16) {
-      const int32_t* pos = a.slot_pos + (table[i] * tiles + s) * 16;
-      const Seen seen(pos, 16);
-      if (seen.any) tile((table[i] * a.K + h) * tiles + s, logits);
-      if (seen.all) continue;
-      for (int r = 0; r < R; r++)
-        for (int64_t j = 0; j < 16; j++) logits[r * stride + j] = pos[j] >= 0 ? logits[r * stride + j] : -3e38f;
+      uint32_t dead = Simd::Negative(Simd::ILoad(a.slot_pos + (table[i] * tiles + s) * 16));
+      if (dead != 0xffff) tile((table[i] * a.K + h) * tiles + s, logits);
+      for (; dead; dead &= dead - 1)
+        for (int r = 0; r < R; r++) logits[r * stride + __builtin_ctz(dead)] = -3e38f;
     }
   }
 }
@@ -117,14 +111,14 @@ void MixBlocks(const PagedAttention& a, const int32_t* table, int64_t blocks, in
   F low[q4::kMaxGroups][R];
   for (int64_t g = 0; g < groups; g++)
     for (int r = 0; r < R; r++) low[g][r] = Simd::Zero();
+  const Prefetch prefetch(a.value, slots, a.H);
   for (int64_t i = 0; i < blocks; i++, p += slots) {
-    if (i + kAhead < blocks) Prefetch(a.value, table[i + kAhead] * a.K + h, slots, a.H);
+    if (i + kAhead < blocks) prefetch(table[i + kAhead] * a.K + h);
     const int64_t block = table[i] * a.K + h;
     if constexpr (bits < 16) {
       ValueBlock<bits, kSlots, R>(a, groups, block, p, stride, out, low);
     } else {
       const int32_t* pos = a.slot_pos + table[i] * slots;
-      if (!Seen(pos, slots).any) continue;
       const float* weights[R];
       for (int r = 0; r < R; r++) weights[r] = p + r * stride;
       AddValues<bits == 16, R>(a.value.codes + block * slots * a.H * (bits / 8), a.H, slots, weights, pos, out);

@@ -71,6 +71,7 @@ struct Simd {
   static I Shl(I x, int n) { return _mm512_slli_epi32(x, n); }
   static I Shr(I x, int n) { return _mm512_srli_epi32(x, n); }
   static I SubI(I x, I y) { return _mm512_sub_epi32(x, y); }
+  static uint32_t Negative(I x) { return _mm512_movepi32_mask(x); }  // Bit i: lane i is below zero.
   static F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
   static I Bits(F x) { return _mm512_castps_si512(x); }
   static F FromBits(I x) { return _mm512_castsi512_ps(x); }

@@ -112,6 +112,12 @@ struct Simd {
   static I Shl(I x, int n) { return {x.a << n, x.b << n, x.c << n, x.d << n}; }
   static I Shr(I x, int n) { return {x.a >> n, x.b >> n, x.c >> n, x.d >> n}; }
   static I SubI(I x, I y) { return {x.a - y.a, x.b - y.b, x.c - y.c, x.d - y.d}; }
+  // Bit i: lane i is below zero.
+  static uint32_t Negative(I x) {
+    const int32x4_t at = {0, 1, 2, 3};
+    const auto bits = [&](uint32x4_t lanes) { return vaddvq_u32(vshlq_u32(vshrq_n_u32(lanes, 31), at)); };
+    return bits(x.a) | bits(x.b) << 4 | bits(x.c) << 8 | bits(x.d) << 12;
+  }
   static F ToFloat(I x) {
     return {vcvtq_f32_s32((int32x4_t)x.a), vcvtq_f32_s32((int32x4_t)x.b), vcvtq_f32_s32((int32x4_t)x.c),
             vcvtq_f32_s32((int32x4_t)x.d)};

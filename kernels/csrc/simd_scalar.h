@@ -117,6 +117,12 @@ struct Simd {
   static I Shl(I a, int n) { return a << n; }
   static I Shr(I a, int n) { return a >> n; }
   static I SubI(I a, I b) { return a - b; }
+  // Bit i: lane i is below zero.
+  static uint32_t Negative(I a) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; i++) bits |= a[i] >> 31 << i;
+    return bits;
+  }
   static F ToFloat(I a) { return __builtin_convertvector((Signed)a, F); }
   static I Bits(F a) { I r; __builtin_memcpy(&r, &a, 64); return r; }
   static F FromBits(I a) { F r; __builtin_memcpy(&r, &a, 64); return r; }
