@@ -6,8 +6,8 @@ r"""Attention of one decoded token over a cache of one layer: packed blocks besi
 Each row takes turns with the others in every repetition, medians over --reps; --layers caches of
 each kind are gone through in one program, as a model does, so that none waits in a processor's
 cache unless it would there too. Every timed run follows one of its own kind that is not timed, as
-token follows token: after half a second of another program's, all are a third slower or more. Blocks are scattered. GB/s counts the bytes of the cache that are
-read; "of read" is the share of a plain sequential read by the same threads. `dense float16` is what
+token follows token; and XLA's, whose half a second makes what follows slower, come after all. Blocks
+are scattered. GB/s counts the bytes of the cache that are read; "of read" is the share of a plain sequential read by the same threads. `dense float16` is what
 an engine without compression runs; `bfloat16 (XLA)` is jax.numpy over a bfloat16 cache.
 """
 
@@ -41,6 +41,7 @@ FORMATS = {
   "float16 blocks": KVFormat(16),
 }
 SINK, RECENT, BLOCK = 4, 64, 32
+XLA = "bfloat16 (XLA)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +65,15 @@ def run(config: Config) -> list[dict[str, Any]]:
 def _measure(config: Config, slots: int, buffer: np.ndarray) -> list[dict[str, Any]]:
   cases = {name: _packed(config, slots, format) for name, format in FORMATS.items()}
   cases["dense float16"] = _dense(config, slots, jnp.dtype(jnp.float16))
-  cases["bfloat16 (XLA)"] = _dense(config, slots, jnp.dtype(jnp.bfloat16))
+  cases[XLA] = _dense(config, slots, jnp.dtype(jnp.bfloat16))
   seconds: dict[str, list[float]] = {name: [] for name in cases}
   reads = []
-  names = list(cases)
+  names = [name for name in cases if name != XLA]
   for rep in range(config.reps):
     reads.append(probe.read_bandwidth(buffer, probe.threads()))
     for name in names[rep % len(names) :] + names[: rep % len(names)]:  # none is always the first
-      call, _ = cases[name]
-      call()
-      begin = time.perf_counter()
-      call()
-      seconds[name].append((time.perf_counter() - begin) / config.layers)
+      seconds[name].append(_timed(cases[name][0]) / config.layers)
+  seconds[XLA] = [_timed(cases[XLA][0]) / config.layers for _ in range(min(5, config.reps))]
   read = statistics.median(reads)
   dense = statistics.median(seconds["dense float16"])
   records = []
@@ -85,6 +83,14 @@ def _measure(config: Config, slots: int, buffer: np.ndarray) -> list[dict[str, A
     record |= {"gb_per_s": nbytes / median / 1e9, "of_read": nbytes / median / read}
     records.append(record | {"speedup": dense / median, "read_gb_per_s": read / 1e9})
   return records
+
+
+def _timed(call: Callable[[], None]) -> float:
+  """Seconds of a call that follows one like it."""
+  call()
+  begin = time.perf_counter()
+  call()
+  return time.perf_counter() - begin
 
 
 def _query(config: Config) -> tuple[jax.Array, jax.Array]:

@@ -124,7 +124,7 @@ def key(name: str, version: int, config: Any) -> str:
     k: inputs.digest(inputs.where(kind, v))
     for kind in ("text", "model")
     for k, v in values.items()
-    if v and k.endswith(kind)
+    if v and (k == kind or k.endswith(f"_{kind}"))
   }
   text = json.dumps([name, version, values, files], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -76,11 +76,11 @@ void RoundQ(const PagedAttention& a, const float* q, RoundedQ<R>& out) {
 }
 
 // logits[r * stride] .. of sixteen slots, `tile` among all blocks'. Groups, and halves of a head in int4,
-// are whole chains of kWords words.
-template <int bits, int kWords, int R>
-Q4_INLINE void KeyTile(const PagedAttention& a, int64_t groups, int64_t tile, const RoundedQ<R>& q, float* logits,
-                       int64_t stride) {
-  const int64_t chains = a.H / 4 / kWords, low_chains = bits == 4 ? chains / 2 : chains;
+// are whole chains of kWords words: kChains a group and kAll a head, or, where that is 0, any number.
+template <int bits, int kWords, int kAll, int kChains, int R>
+Q4_INLINE void KeyTile(const PagedAttention& a, int64_t tile, const RoundedQ<R>& q, float* logits, int64_t stride) {
+  const int64_t all = kAll ? kAll : a.H / 4 / kWords, chains = kAll ? kChains : a.key.group / 4 / kWords;
+  const int64_t groups = all / chains, low_chains = bits == 4 ? all / 2 : all;
   const uint8_t* codes = a.key.codes + tile * low_chains * kWords * 64;
   const uint16_t *scales = a.key.scale + tile * groups * 16,
                  *minimums = (a.key.minimum ? a.key.minimum : a.key.scale) + tile * groups * 16;
@@ -89,7 +89,7 @@ Q4_INLINE void KeyTile(const PagedAttention& a, int64_t groups, int64_t tile, co
   for (int64_t g = 0, chain = 0; g < groups; g++) {
     I dot[R];
     Rows<R>([&](int r) Q4_LAMBDA { dot[r] = Simd::ISet(0); });
-    for (const int64_t end = chain + a.key.group / 4 / kWords; chain < end; chain++) {
+    for (const int64_t end = chain + chains; chain < end; chain++) {
       const int8_t* x = q.q + 4 * kWords * chain;
       const uint8_t* words = codes + 64 * kWords * chain;
       if constexpr (bits == 8) DotChain<bits, Codes::kBytes, kWords, R>(words, x, 0, dot);
@@ -147,13 +147,15 @@ Q4_INLINE void RoundWeights(const PagedPart& part, int64_t at, int64_t slots, co
 }
 
 // out[r][0 .. H - 1] += sum over a block's slots of p[r * stride + slot] * value, but for minimums and
-// offsets, which are left in low[g][r]. Blocks are of kSlots, or, where that is 0, of any size.
-template <int bits, int kSlots, int R>
+// offsets, which are left in low[g][r]. Blocks are of kSlots and groups of kGroup, or, where that is 0,
+// of any size.
+template <int bits, int kSlots, int kGroup, int R>
 Q4_INLINE void ValueBlock(const PagedAttention& a, int64_t groups, int64_t block, const float* p, int64_t stride,
                           float* const* out, F (*low)[R]) {
   constexpr Codes kCodes = bits == 4 ? Codes::kBoth : Codes::kBytes;
   constexpr int kWords = (kSlots ? kSlots : 16) * bits / 32;
-  const int64_t slots = kSlots ? kSlots : a.block_size, group = a.value.group, words = slots * bits / 32;
+  const int64_t slots = kSlots ? kSlots : a.block_size, group = kGroup ? kGroup : a.value.group;
+  const int64_t words = slots * bits / 32;
   const uint8_t* codes = a.value.codes + block * (a.H / 16) * words * 64;
   for (int64_t g = 0; g < groups; g++) {
     RoundedWeights<R> weights;

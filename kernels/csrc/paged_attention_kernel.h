@@ -88,14 +88,20 @@ void KeyLogits(const PagedAttention& a, const int32_t* table, int64_t blocks, in
   if constexpr (bits < 16) {
     RoundedQ<R> rounded;
     RoundQ<bits, R>(a, q, rounded);
-    const int64_t groups = a.H / a.key.group, words = a.H * bits / 32;
-    const auto by_chains = [&](auto kWords) {
+    const auto by_chains = [&](auto kWords, auto kAll, auto kChains) {
       KeyTiles<R>(a, table, blocks, h, logits, stride, [&](int64_t tile, float* to) Q4_LAMBDA {
-        KeyTile<bits, kWords.value, R>(a, groups, tile, rounded, to, stride);
+        KeyTile<bits, kWords.value, kAll.value, kChains.value, R>(a, tile, rounded, to, stride);
       });
     };
-    const int64_t common = words | a.key.group / 4;
-    common % 8 == 0 ? by_chains(Int<8>()) : by_chains(Int<2>());
+    const int64_t words = a.H * bits / 32, group = a.key.group;
+    if ((words | group / 4) % 8) return by_chains(Int<2>(), Int<0>(), Int<0>());
+    if constexpr (R == 4) {  // Llama 3's heads: a fifth fewer instructions.
+      if (a.H == 64 && group == 64) return by_chains(Int<8>(), Int<2>(), Int<2>());
+      if (a.H == 64 && group == 32) return by_chains(Int<8>(), Int<2>(), Int<1>());
+      if (a.H == 128 && group == 64) return by_chains(Int<8>(), Int<4>(), Int<2>());
+      if (a.H == 128 && group == 32) return by_chains(Int<8>(), Int<4>(), Int<1>());
+    }
+    by_chains(Int<8>(), Int<0>(), Int<0>());
   } else {
     KeyTiles<R>(a, table, blocks, h, logits, stride, [&](int64_t tile, float* to) {
       FloatLogits<bits == 16, R>(a, q, a.key.codes + tile * 16 * a.H * (bits / 8), 16, to, stride);
@@ -104,7 +110,7 @@ void KeyLogits(const PagedAttention& a, const int32_t* table, int64_t blocks, in
 }
 
 // out[r] += the blocks' values, weighted by p[r * stride + i * block_size + slot].
-template <int bits, int kSlots, int R>
+template <int bits, int kSlots, int kGroup, int R>
 void MixBlocks(const PagedAttention& a, const int32_t* table, int64_t blocks, int64_t h, const float* p, int64_t stride,
                float* const* out) {
   const int64_t slots = kSlots ? kSlots : a.block_size, groups = bits < 16 ? a.H / a.value.group : 0;
@@ -116,7 +122,7 @@ void MixBlocks(const PagedAttention& a, const int32_t* table, int64_t blocks, in
     if (i + kAhead < blocks) prefetch(table[i + kAhead] * a.K + h);
     const int64_t block = table[i] * a.K + h;
     if constexpr (bits < 16) {
-      ValueBlock<bits, kSlots, R>(a, groups, block, p, stride, out, low);
+      ValueBlock<bits, kSlots, kGroup, R>(a, groups, block, p, stride, out, low);
     } else {
       const int32_t* pos = a.slot_pos + table[i] * slots;
       const float* weights[R];
@@ -170,7 +176,11 @@ void PagedHeads(const PagedAttention& a, int64_t b, int64_t h, int64_t n0, float
     for (int64_t i = 0; i < a.H; i++) out[r][i] = 0.0f;
   }
   WithBits(a.value.bits, [&](auto bits) {
-    const auto mix = a.block_size == 32 ? MixBlocks<bits.value, 32, R> : MixBlocks<bits.value, 0, R>;
+    auto mix = a.block_size == 32 ? MixBlocks<bits.value, 32, 0, R> : MixBlocks<bits.value, 0, 0, R>;
+    if constexpr (bits.value < 16 && R == 4) {  // As in KeyLogits.
+      if (a.block_size == 32 && a.value.group == 64) mix = MixBlocks<bits.value, 32, 64, R>;
+      if (a.block_size == 32 && a.value.group == 32) mix = MixBlocks<bits.value, 32, 32, R>;
+    }
     mix(a, table, blocks, h, scratch, stride, out);
   });
   for_runs([&](auto half, int i, int64_t at) {
