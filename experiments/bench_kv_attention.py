@@ -6,9 +6,10 @@ r"""Attention of one decoded token over a cache of one layer: packed blocks besi
 Each row takes turns with the others in every repetition, medians over --reps; --layers caches of
 each kind are gone through in one program, as a model does, so that none waits in a processor's
 cache unless it would there too. Every timed run follows one of its own kind that is not timed, as
-token follows token; and XLA's, whose half a second makes what follows slower, come after all. Blocks
-are scattered. GB/s counts the bytes of the cache that are read; "of read" is the share of a plain sequential read by the same threads. `dense float16` is what
-an engine without compression runs; `bfloat16 (XLA)` is jax.numpy over a bfloat16 cache.
+token follows token; and XLA's, whose half a second makes what follows slower, come after all.
+Blocks are scattered. GB/s counts the bytes of the cache that are read; "of read" is the share of a
+plain sequential read by the same threads. `dense float16` is what an engine without compression
+runs; `bfloat16 (XLA)` is jax.numpy over a bfloat16 cache.
 """
 
 import dataclasses
