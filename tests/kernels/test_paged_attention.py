@@ -282,6 +282,21 @@ def test_native(key: KVFormat, value: KVFormat, dense: str, isa: str) -> None:
         run.mask(1, {4})
 
 
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 64), (128, 32), (128, 64), (128, 128)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_native_heads_of_llama(head_dim: int, group: int, bits: int) -> None:
+  """Four query heads a KV head and blocks of 32: what has loops of its own, and what has not."""
+  if not ffi.available():
+    pytest.skip("needs the native library")
+  format = KVFormat(bits, group)
+  run = Simulation(
+    b=1, heads=8, head_dim=head_dim, block_size=32, blocks=3, key=format, value=format,
+    dense="f16", layout="x16", attend=cpu.decode_attention,
+  )  # fmt: skip
+  for i in range(80):
+    run.step(check=i > 76)
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
 def test_native_integers_are_exact(isa: str) -> None:
   """Where q and the weights are whole int8, nothing is rounded and only float32 is left."""
