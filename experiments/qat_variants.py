@@ -300,14 +300,14 @@ def table(records: list[Record]) -> list[list[str]]:
 
 
 def plot(records: list[Record], path: str) -> None:
-  """The loss by step, means of 10 steps over all seeds, a panel a grid."""
-  records = [r for r in records if r["curve"] and r["loss"] == "kl"]
-  grids = list(dict.fromkeys(_grid(r) for r in records))
+  """The loss kl by step, means of 10 steps over all seeds, a panel a grid; nothing beside it."""
+  records = [r for r in records if r["curve"] and r["loss"] == "kl" and _grid(r) == r["grid"]]
+  grids = list(dict.fromkeys(r["grid"] for r in records))
   with plots.figure(path, len(grids)) as axes:
     for axis, grid in zip(axes, grids, strict=True):
-      of_grid = [r for r in records if _grid(r) == grid]
-      for method in dict.fromkeys(_method(r) for r in of_grid):
-        curves = [r["curve"] for r in of_grid if _method(r) == method]
+      of_grid = [r for r in records if r["grid"] == grid]
+      for method in dict.fromkeys(r["method"] for r in of_grid):
+        curves = [r["curve"] for r in of_grid if r["method"] == method]
         mean = np.mean(curves, axis=0)
         width = min(10, len(mean))
         smooth = mean[: len(mean) // width * width].reshape(-1, width).mean(axis=1)
