@@ -67,7 +67,7 @@ ERRORS = {
   "q4jax generate nothing.gguf --prompt=a": 1,
 }
 # Flags whose value is a text, and flags whose value is a file or folder to write.
-TEXTS = {"text", "file", "held_out", "calibration_text"}
+TEXTS = {"text", "train_text", "file", "held_out", "calibration_text"}
 WRITTEN = {"out", "plot", "folder"}
 # Names that a block takes for granted: what a reader has by then.
 GIVEN = {
