@@ -24,7 +24,7 @@ from q4jax.model.rope import cos_sin
 from q4jax.offline.layerwise import LayerRunner
 from q4jax.qat import fake_quant as fq
 from q4jax.qat.export import group_array
-from q4jax.qat.rates import suited
+from q4jax.qat.rates import with_rates
 from q4jax.qat.student import Student, with_rounding
 from q4jax.quant.grid import Grid
 
@@ -61,12 +61,7 @@ def train_blocks(
   Raises:
     TrainingError: a block's loss is not finite.
   """
-  weight_rate, quantizer_rate = suited(student)
-  config = dataclasses.replace(
-    config,
-    weight_rate=weight_rate if config.weight_rate is None else config.weight_rate,
-    quantizer_rate=quantizer_rate if config.quantizer_rate is None else config.quantizer_rate,
-  )
+  config = with_rates(config, student)
   teacher, follower = LayerRunner(source, tokens), LayerRunner(source, tokens)
   layers, grid = source.config.num_layers, student.rounding.grid
   new = with_rounding(student, fixed_codes=False)

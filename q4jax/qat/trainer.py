@@ -25,7 +25,7 @@ from q4jax.qat.checkpoints import Checkpoints
 from q4jax.qat.data import Windows
 from q4jax.qat.loss import LOSSES, Loss, cross_entropy, kl
 from q4jax.qat.metrics import Metrics
-from q4jax.qat.rates import suited
+from q4jax.qat.rates import with_rates
 from q4jax.qat.student import Student, with_rounding
 from q4jax.qat.variants import Recipe, trained
 
@@ -113,7 +113,7 @@ def train(
       f"batch={windows.batch} must be a multiple of accumulate={config.accumulate} times the mesh's"
       f" data={config.data}."
     )
-  config = _with_rates(config, student)
+  config = with_rates(config, student)
   student = with_rounding(student, dtype=jnp.dtype(config.dtype))
   filters = trained(recipe)
   graph, weights, quantizers, frozen = nnx.split(  # type: ignore[misc]
@@ -173,15 +173,6 @@ def train(
     if metrics is not None:
       metrics.close()
   return rebuilt(jax.device_get(state["learning"]), jax.device_get(fixed["rest"]))
-
-
-def _with_rates(config: TrainConfig, student: Student) -> TrainConfig:
-  weights, quantizers = suited(student)
-  return dataclasses.replace(
-    config,
-    weight_rate=weights if config.weight_rate is None else config.weight_rate,
-    quantizer_rate=quantizers if config.quantizer_rate is None else config.quantizer_rate,
-  )
 
 
 def _make_step(
