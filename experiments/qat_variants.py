@@ -99,60 +99,55 @@ def run(config: Config) -> list[Record]:
       "--methods: with --kv_bits or --activations a student is measured; write ptq:rtn for rtn."
     )
   records = []
-  bench = _bench(dataclasses.replace(config, grids=(), methods=(), seeds=()))
+  bench = _bench(config.model, config.train_text, config.text, config.chunks)
+  setting = {k: getattr(config, k) for k in ("loss", "kv_bits", "activations", "blind")}
   for name in config.grids:
     bits, _, rule = name.partition(":")
     grid = Grid(int(bits), config.group_size, rule)  # type: ignore[arg-type]
     for method in config.methods:
-      trained = ":" in method
-      for seed in config.seeds if _learns(method) else config.seeds[:1]:
-        record = bench.trained(grid, method, seed) if trained else bench.ptq(grid, method)
-        setting = {k: getattr(config, k) for k in ("loss", "kv_bits", "activations", "blind")}
-        records.append({"grid": name, **setting, **record})
+      learns = ":" in method and not method.startswith("ptq:")
+      for seed in config.seeds if learns else (None,):
+        run_one = bench.trained if ":" in method else bench.ptq
+        records.append({"grid": name, **setting, **run_one(config, grid, method, seed)})
   return records
 
 
-def _learns(method: str) -> bool:
-  return ":" in method and not method.startswith("ptq:")
-
-
 @functools.lru_cache(maxsize=1)
-def _bench(config: "Config") -> "_Bench":
-  return _Bench(config, GGUFCheckpoint.open(inputs.ALIASES.get(config.model, config.model)))
+def _bench(model: str, train_text: str, text: str, chunks: int) -> "_Bench":
+  """What configs share that differ in what is trained."""
+  source = GGUFCheckpoint.open(inputs.ALIASES.get(model, model))
+  tokenizer = Tokenizer.from_gguf_metadata(source.metadata)
+  start = np.asarray(tokenizer.encode_parts([], add_eos=False), np.int32)
+  row = _row(train_text, tokenizer, len(start))
+  ctx = min(512, source.config.context_length)
+  reference = Reference(load_checkpoint(source), inputs.text(text), ctx, chunks)
+  return _Bench(source, start, row, reference)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Bench:
-  """The source, what it is measured by, and its texts."""
+  """The source, what its texts begin with, the text to learn from, and what it is measured by."""
 
-  def __init__(self, config: Config, source: Checkpoint):
-    self.config, self.source = config, source
-    tokenizer = Tokenizer.from_gguf_metadata(source.metadata)
-    self.start = np.asarray(tokenizer.encode_parts([], add_eos=False), np.int32)
-    self.row = _row(config, tokenizer, len(self.start))
-    model = load_checkpoint(source)
-    ctx = min(512, source.config.context_length)
-    self.reference = Reference(model, inputs.text(config.text), ctx, config.chunks)
+  source: Checkpoint
+  start: np.ndarray
+  row: np.ndarray
+  reference: Reference
 
-  def windows(self, seed: int) -> Windows:
-    c = self.config
-    return Windows(self.row, self.start, c.ctx, c.batch, seed)
-
-  def calibration(self) -> np.ndarray:
+  def calibration(self, c: Config) -> np.ndarray:
     """The same for all methods and seeds."""
-    c = self.config
     return Windows(self.row, self.start, c.ctx, c.sequences, 1000)[0][:, :-1]
 
-  def ptq(self, grid: Grid, method: str) -> Record:
+  def ptq(self, c: Config, grid: Grid, method: str, seed: int | None) -> Record:
     begin, made = time.perf_counter(), self._memory()
     quantize_model(
       self.source, lambda _: made, Scheme(grid=grid, method=method, head="keep"),  # type: ignore[arg-type]
-      tokens=self.calibration() if method in NEEDS_TEXT else None,
+      tokens=self.calibration(c) if method in NEEDS_TEXT else None,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
-    return self._record(method, None, grid, self._loaded(made), seconds, [])
+    return self._record(c, method, seed, grid, _loaded(made, c), seconds, [])
 
-  def trained(self, grid: Grid, variant: str, seed: int) -> Record:
-    c, (name, _, init) = self.config, variant.partition(":")
+  def trained(self, c: Config, grid: Grid, variant: str, seed: int | None) -> Record:
+    name, _, init = variant.partition(":")
     if name == "lsq_zero":
       grid = dataclasses.replace(grid, rule="minimum")
     recipe = Recipe(name, grid, init, c.kv_bits, c.activations)  # type: ignore[arg-type]
@@ -164,39 +159,34 @@ class _Bench:
     if name == "block_ap":
       steps = c.steps // 2
       # As many tokens: a block's step is one of L of a step end to end.
-      blocks = BlockConfig(steps, c.batch, rate, quantizer_rate, seed)
+      blocks = BlockConfig(steps, c.batch, rate, quantizer_rate, seed or 0)
     train = TrainConfig(steps, c.loss, rate, quantizer_rate)  # type: ignore[arg-type]
     curve: list[float] = []
     hooks = Hooks(metrics=lambda record: curve.append(record["loss"]))
     begin, made = time.perf_counter(), self._memory()
-    student = learn(
-      self.source, taught, train, self.windows(seed), self.calibration(), blocks, hooks=hooks
-    )
+    windows = Windows(self.row, self.start, c.ctx, c.batch, seed or 0)
+    student = learn(self.source, taught, train, windows, self.calibration(c), blocks, hooks=hooks)
     seconds = time.perf_counter() - begin
-    seeded = seed if _learns(variant) else None
     if (c.kv_bits, c.activations) != (16, "float"):
       r = recipe.rounding
       student = with_rounding(student, keys=r.keys, values=r.values, activations=r.activations)
-      return self._record(variant, seeded, grid, _Running(student), seconds, curve)
+      return self._record(c, variant, seed, grid, _Running(student), seconds, curve)
     export.write(student, self.source, lambda _: made)
-    return self._record(variant, seeded, grid, self._loaded(made), seconds, curve)
+    return self._record(c, variant, seed, grid, _loaded(made, c), seconds, curve)
 
   def _memory(self) -> MemoryCheckpoint:
     return MemoryCheckpoint(self.source.config, self.source.metadata)
 
-  def _loaded(self, made: MemoryCheckpoint) -> Model:
-    return load_checkpoint(made, implementation=self.config.implementation or None)
-
   def _record(
-    self, method: str, seed: int | None, grid: Grid, model: "Model | _Running", seconds: float,
-    curve: list[float],
+    self, c: Config, method: str, seed: int | None, grid: Grid, model: "Model | _Running",
+    seconds: float, curve: list[float],
   ) -> Record:  # fmt: skip
     found: Comparison = self.reference.compare(cast(Model, model))
-    bits = grid.bits + 16 * (1 if grid.symmetric else 2) / self.config.group_size
+    bits = grid.bits + 16 * (1 if grid.symmetric else 2) / c.group_size
     record = {
       "method": method, "seed": seed, "bpw": bits, **dataclasses.asdict(found),
       "ratio": found.ratio, "seconds": round(seconds, 1),
-      "trained_tokens": self.config.steps * self.config.batch * self.config.ctx * bool(curve),
+      "trained_tokens": c.steps * c.batch * c.ctx * bool(curve),
       "curve": [float(f"{x:.5g}") for x in curve],
     }  # fmt: skip
     print(
@@ -204,6 +194,10 @@ class _Bench:
       f"{seconds:.0f} s", file=sys.stderr, flush=True,
     )  # fmt: skip
     return record
+
+
+def _loaded(made: MemoryCheckpoint, config: Config) -> Model:
+  return load_checkpoint(made, implementation=config.implementation or None)
 
 
 class _Running:
@@ -221,17 +215,15 @@ class _Running:
     return self._run(self._state, row[None])
 
 
-def _row(config: Config, tokenizer: Tokenizer, skip: int) -> np.ndarray:
+def _row(name: str, tokenizer: Tokenizer, skip: int) -> np.ndarray:
   """int32[total], without what the model begins a text with."""
-  if Path(config.train_text).suffix == ".bin":
-    if not Path(config.train_text).is_file():
+  if Path(name).suffix == ".bin":
+    if not Path(name).is_file():
       raise ConfigError(
-        f"--train_text={config.train_text} is no file. `python -m experiments.tiny.prepare` writes "
-        "one."
+        f"--train_text={name} is no file. `python -m experiments.tiny.prepare` writes one."
       )
-    return np.fromfile(config.train_text, np.uint16).astype(np.int32)
-  text = inputs.text(config.train_text)
-  return np.asarray(tokenizer.encode_parts([text], add_eos=False), np.int32)[skip:]
+    return np.fromfile(name, np.uint16).astype(np.int32)
+  return np.asarray(tokenizer.encode_parts([inputs.text(name)], add_eos=False), np.int32)[skip:]
 
 
 def recovered(records: list[Record]) -> list[Record]:
@@ -252,7 +244,8 @@ def recovered(records: list[Record]) -> list[Record]:
 def _grid(record: Record) -> str:
   """What RTN is the zero of: the grid, and what runs beside it."""
   cache = "" if record["kv_bits"] == 16 else f" KV{record['kv_bits']}"
-  return record["grid"] + cache + ("" if record["activations"] == "float" else " A8")
+  inputs8 = {"float": "", "token": " A8", "observed": " A8 observed"}[record["activations"]]
+  return record["grid"] + cache + inputs8
 
 
 def _method(record: Record) -> str:
@@ -262,20 +255,8 @@ def _method(record: Record) -> str:
 
 def table(records: list[Record]) -> list[list[str]]:
   """Rows for Markdown: means over seeds, and the standard deviation of what is compared."""
-  rows = [
-    [
-      "grid",
-      "method",
-      "bpw",
-      "perplexity",
-      "KL",
-      "top-1",
-      "recovered KL",
-      "ppl",
-      "seconds",
-      "tok/s",
-    ]
-  ]
+  rows = [["grid", "method", "bpw", "perplexity", "KL", "top-1", "recovered KL", "ppl", "seconds",
+           "tok/s"]]  # fmt: skip
   groups: dict[tuple[str, str], list[Record]] = {}
   for record in recovered(records):
     groups.setdefault((_grid(record), _method(record)), []).append(record)
