@@ -35,7 +35,7 @@ SMALL = {
   "python -m experiments.kv_threshold": f"--policies=threshold --selects=keep:0.6 {SMALL_KV}",
   "python -m experiments.profile_decode": "--tokens=4 --runs=1",
   "python -m experiments.qat_variants": "--grids=3:minimum --methods=rtn,lsq:mse --seeds=0 "
-  "--steps=1 --batch=1 --ctx=16 --sequences=2 --chunks=1",
+  "--steps=1 --batch=1 --ctx=16 --sequences=2 --chunks=1 --text=held_out",
   "python -m experiments.quant_error": "--methods=rtn --bits=4 --groups=32 --rules=absmax "
   "--kquants= --rows=2",
   "python -m experiments.readme_tables": "--check",

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import absl.app
-import jax
-import numpy as np
 import pytest
 from absl import flags
 
@@ -34,6 +32,7 @@ from q4jax.cli import parsing
 from q4jax.formats.gguf import GGUFFile
 from q4jax.kv import policy
 from q4jax_kernels import ffi
+from shared_programs import shared_programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 COMMANDS = documented.in_blocks()
@@ -54,19 +53,8 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   """Commands share their compiled programs, those of other processes of this run too."""
   base = tmp_path_factory.getbasetemp()
   shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-  options = {
-    "jax_compilation_cache_dir": str(shared / "programs"),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  before = {name: jax.config.values[name] for name in options}
-  with pytest.MonkeyPatch.context() as patch:
-    # The commands' own default is in the user's home.
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", options["jax_compilation_cache_dir"])
-    for name, value in options.items():
-      jax.config.update(name, value)
+  with shared_programs(shared / "programs"):  # The commands' own default is in the user's home.
     yield
-    for name, value in before.items():
-      jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +79,6 @@ def folder(tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch) -
   text = (ROOT / "q4jax/data/held_out.txt").read_text()
   (tmp_path / "small.txt").write_text(text[:2000])
   (tmp_path / "long.txt").write_text(text[:6000])
-  np.arange(2000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
   (tmp_path / "runs").mkdir()
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr("sys.stdin", io.StringIO("A class is\n"))
@@ -112,10 +99,9 @@ def small(command: Command) -> list[str]:
       word = f"--{name}=runs/{Path(value).name}"
     elif name == "calibration":
       word = "--calibration=calibration"
-    elif name == "tokens" and value.endswith(".bin"):
-      word = "--tokens=tokens.bin"
     elif name.endswith("model") and not Path(value).exists() and value != "tiny":
-      word = f"--{name}={FLOAT if 'float' in name else 'tiny'}"
+      is_float = "float" in name or re.search(r"\bf(16|32)\b", value)
+      word = f"--{name}={FLOAT if is_float else 'tiny'}"
     arguments.append(word)
   return arguments + SMALL[command.name].split()
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import gguf
-import jax
 import numpy as np
 import pytest
 
 from q4jax.cli.main import main
+from shared_programs import shared_programs
 
 ROOT = Path(__file__).parents[2]
 D_MODEL, D_FFN, LAYERS, HEADS, CONTEXT = 64, 96, 2, 2, 8192
@@ -22,19 +22,8 @@ VOCAB = 3 + 256  # <unk>, <s>, </s>, then one token for each byte.
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   """Each command compiles its programs anew; let all runs, children's too, share them."""
-  cache = str(tmp_path_factory.mktemp("jax_cache"))
-  options = {
-    "jax_compilation_cache_dir": cache,
-    "jax_persistent_cache_min_compile_time_secs": 0,
-  }
-  before = {name: jax.config.values[name] for name in options}
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in options.items():
-      patch.setenv(name.upper(), str(value))
-      jax.config.update(name, value)
+  with shared_programs(tmp_path_factory.mktemp("jax_cache")):
     yield
-    for name, value in before.items():
-      jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")
