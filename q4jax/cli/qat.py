@@ -178,12 +178,28 @@ def _learn(
   folder = None if flags.folder is None else Path(flags.folder)
   with common.bar("training") if common.watched(flags) else nullcontext() as advance:
     hooks = Hooks(advance, advance, lambda record: last.append(record["loss"]))
-    student = learn(
-      source, recipe, config, Windows(row, start, flags.ctx, flags.batch, flags.seed),
-      sequences(source, text, flags.ctx, flags.sequences, flags.seed), blocks, folder,
-      resume=flags.resume, hooks=hooks,
-    )  # fmt: skip
+    try:
+      student = learn(
+        source, recipe, config, Windows(row, start, flags.ctx, flags.batch, flags.seed),
+        sequences(source, text, flags.ctx, flags.sequences, flags.seed), blocks, folder,
+        resume=flags.resume, hooks=hooks,
+      )  # fmt: skip
+    except KeyboardInterrupt:
+      common.note(_stopped(folder, flags.save_every))
+      raise
   return student, last[-1] if last else None
+
+
+def _stopped(folder: Path | None, save_every: int) -> str:
+  """What is left of a run that its user stopped, and how it goes on."""
+  from q4jax.qat.checkpoints import Checkpoints
+
+  if folder is None:
+    return "stopped; nothing is kept without --folder."
+  step = Checkpoints(folder / "checkpoints", {}).latest
+  if step is None:
+    return f"stopped before the first checkpoint; they are saved every {save_every} steps."
+  return f"stopped; the same command with --resume goes on from step {step}."
 
 
 def _report(

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import q4jax
 from q4jax.cli.main import main
+from q4jax.qat.data import Windows
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "experiments" / "tiny" / "tiny.f16.gguf")
@@ -41,3 +43,33 @@ def test_mistakes(
   assert main(["qat", TINY, str(tmp_path / "out.gguf"), *options]) == code
   assert message in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("kept", "message"),
+  [
+    (["--folder={}/run", "--save_every=2"], "--resume goes on from step 2"),
+    (["--folder={}/run"], "stopped before the first checkpoint; they are saved every 100 steps"),
+    ([], "nothing is kept without --folder"),
+  ],
+)
+def test_ctrl_c_says_how_to_go_on(
+  tmp_path: Path,
+  capsys: pytest.CaptureFixture[str],
+  monkeypatch: pytest.MonkeyPatch,
+  kept: list[str],
+  message: str,
+) -> None:
+  window = Windows.__getitem__
+
+  def stopped_at_the_third(windows: Windows, step: int) -> Any:
+    if step == 2:
+      raise KeyboardInterrupt
+    return window(windows, step)
+
+  monkeypatch.setattr(Windows, "__getitem__", stopped_at_the_third)
+  options = ["--steps=3", "--ctx=8", "--batch=1", f"--text={TEXT}", "--init=rtn"]
+  out = tmp_path / "out.gguf"
+  assert main(["qat", TINY, str(out), *options, *(k.format(tmp_path) for k in kept)]) == 130
+  assert message in capsys.readouterr().err
+  assert not out.exists()
