@@ -5,12 +5,14 @@ ctypes loads, no Python module, so one file serves every Python. Where it cannot
 build warns in one line and goes on; q4jax then runs on XLA alone.
 """
 
+import hashlib
 import os
 import platform
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 from setuptools import Extension, setup
@@ -19,6 +21,7 @@ from setuptools.errors import CompileError, LinkError
 
 # No contraction: an FMA is written where it is wanted, and no result depends on the compiler.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-g0", "-ffp-contract=off", "-Wno-psabi"]
+SCALAR = ["-O2"]  # Nobody waits for it to run, everybody for it to compile.
 # A file for one instruction set says so in its name; the library picks one at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
@@ -27,7 +30,7 @@ QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 NEON = ["-march=armv8.2-a+dotprod"]
 X86_FLAGS = {"_avx2": AVX2, "_avx512": [*AVX2, *AVX512, *QUIET]}
 ARM_FLAGS = {"_neon": NEON}
-ISA_FLAGS = X86_FLAGS | ARM_FLAGS
+ISA_FLAGS = {"_scalar": SCALAR} | X86_FLAGS | ARM_FLAGS
 
 
 def isa_suffix(source: str) -> str | None:
@@ -66,11 +69,24 @@ class BuildNative(build_ext):
     return os.path.join(*fullname.split(".")) + ".so"
 
   def build_extension(self, ext: Extension) -> None:
-    include = f"-isystem{ffi_headers()}"
+    include = ffi_headers()
+    texts = [path.read_bytes() for path in sorted(Path("kernels/csrc").iterdir())]
+    version = metadata.version("jaxlib")
 
     def compile_one(source: str) -> str:
-      flags = [include, *FLAGS, *ISA_FLAGS.get(isa_suffix(source) or "", [])]
-      return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)[0]
+      """The object file of a source; an editable install, a wheel and `make native` share it."""
+      flags = [*FLAGS, *ISA_FLAGS.get(isa_suffix(source) or "", [])]
+      compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+      told = repr((compiler, version, source, flags, texts))
+      folder = Path("build/native")
+      kept = folder / f"{Path(source).stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.o"
+      if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as here:
+          flags = [f"-isystem{include}", *flags]
+          (made,) = self.compiler.compile([source], output_dir=here, extra_postargs=flags)
+          os.replace(made, kept)
+      return str(kept)
 
     try:
       with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -85,7 +101,7 @@ class BuildNative(build_ext):
 def sources() -> list[str]:
   """The C++ files for this processor."""
   here = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
-  mine = [None, *here.get(platform.machine(), {})]
+  mine = [None, "_scalar", *here.get(platform.machine(), {})]
   files = sorted(str(path) for path in Path("kernels/csrc").glob("*.cc"))
   return [file for file in files if isa_suffix(file) in mine]
 

@@ -236,7 +236,7 @@ def plot(records: list[Record], path: str) -> None:
                     label=f"{method}, {rule}")  # fmt: skip
       axes.set(xlabel="bits a weight", title=f"{b} bits", yscale="log", ylabel="KL, nats")
       axes.grid(alpha=0.3, which="both")
-      axes.legend(fontsize="small")
+    every[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1))
 
 
 def quick() -> list[Config]:

@@ -1,8 +1,11 @@
-"""What holds for every test: the backend, strict shapes, and hypothesis' manners."""
+"""What holds for every test: the backend, strict shapes, shared programs, hypothesis' manners."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Before jax is imported; child processes inherit it.
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -14,6 +17,39 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# Folders whose tests compare bits or rounding: XLA compiles there as for users. Elsewhere it
+# hurries: most of a test's time is compilation.
+OPTIMIZED = ("aot", "calibrated", "kernels", "oracles", "qat", "quant")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """Compiled programs are kept for the other workers of this run, and for child processes."""
+  base = tmp_path_factory.getbasetemp()
+  folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+  options = {
+    "jax_compilation_cache_dir": str(folder / "programs"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in options.items():
+      patch.setenv(name.upper(), str(value))
+      jax.config.update(name, value)
+    yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+  """Without most optimisations, in child processes too, but for the modules of `OPTIMIZED`."""
+  name = "jax_disable_most_optimizations"
+  hurry = request.path.relative_to(Path(__file__).parent).parts[0] not in OPTIMIZED
+  if jax.config.values[name] != hurry:
+    jax.clear_caches()  # No program of the other kind is used again.
+  jax.config.update(name, hurry)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv(name.upper(), str(hurry))
+    yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

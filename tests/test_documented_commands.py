@@ -7,7 +7,6 @@ flags are read by the command's own parser either way.
 import contextlib
 import importlib
 import io
-import os
 import re
 import runpy
 import shlex
@@ -32,7 +31,6 @@ from q4jax.cli import parsing
 from q4jax.formats.gguf import GGUFFile
 from q4jax.kv import policy
 from q4jax_kernels import ffi
-from shared_programs import shared_programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 COMMANDS = documented.in_blocks()
@@ -46,15 +44,6 @@ def reason(command: Command) -> str | None:
   return next(
     (why for pattern, why in NOT_RUN.items() if re.fullmatch(pattern, command.line)), None
   )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-  """Commands share their compiled programs, those of other processes of this run too."""
-  base = tmp_path_factory.getbasetemp()
-  shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-  with shared_programs(shared / "programs"):  # The commands' own default is in the user's home.
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from colab import pairing
 
 ROOT = Path(__file__).parents[1]
 SOURCES = pairing.sources()
+# Long work, made short.
+CHANGED = {"qat_in_ten_minutes": {"STEPS = 60": "STEPS = 6", "chunks=16": "chunks=4"}}
 by_name = pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in SOURCES])
 
 
@@ -52,8 +54,14 @@ def test_badge_and_install_cell(source):
 def test_runs_as_a_script(source, tmp_path):
   pytest.importorskip("matplotlib")
   path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+  text = source.read_text()
+  for long, short in CHANGED.get(source.stem, {}).items():
+    assert long in text
+    text = text.replace(long, short)
+  script = tmp_path / source.name
+  script.write_text(text)
   done = subprocess.run(
-    [sys.executable, str(source)],
+    [sys.executable, str(script)],
     cwd=tmp_path,
     env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg"},
     capture_output=True,

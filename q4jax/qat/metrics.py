@@ -45,7 +45,7 @@ class Metrics:
 
 def _tensorboard(folder: Path, step: int) -> Any:
   try:
-    from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+    from tensorboardX import SummaryWriter
   except ImportError:
     return None
   return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

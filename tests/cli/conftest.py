@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
@@ -11,19 +11,11 @@ import numpy as np
 import pytest
 
 from q4jax.cli.main import main
-from shared_programs import shared_programs
 
 ROOT = Path(__file__).parents[2]
 D_MODEL, D_FFN, LAYERS, HEADS, CONTEXT = 64, 96, 2, 2, 8192
 LETTERS = [3 + ord(letter) for letter in "abcdefghijklmnopqrstuvwxyz ."]
 VOCAB = 3 + 256  # <unk>, <s>, </s>, then one token for each byte.
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-  """Each command compiles its programs anew; let all runs, children's too, share them."""
-  with shared_programs(tmp_path_factory.mktemp("jax_cache")):
-    yield
 
 
 @pytest.fixture(scope="session")
