@@ -30,7 +30,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
   options = {
     "jax_compilation_cache_dir": str(folder / "programs"),
-    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_compile_time_secs": 0.05,  # Below, a file costs more than it saves.
   }
   with pytest.MonkeyPatch.context() as patch:
     for name, value in options.items():
