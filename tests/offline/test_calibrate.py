@@ -208,7 +208,7 @@ with GGUFCheckpoint.open({str(TINY)!r}) as source:
       kills += 1
     for path in tmp_path.glob("*.json"):
       read_records(path)  # What has its name is whole.
-    delay *= 1.5
+    delay *= 2
     time.sleep(0)
   assert code == 0 and kills
   want = {p.name: p.read_bytes() for p in folder.iterdir()}
