@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 
-from experiments import config_flags
+from experiments import plots
 from experiments.config_flags import option
-from experiments.provenance import markdown, save
-from q4jax_kernels import probe
+from experiments.experiment import Claim, command
+from q4jax.errors import ConfigError
+from q4jax_kernels import ffi, probe
 from q4jax_kernels.attention import cached_attention
 from q4jax_kernels.kv_format import KVFormat
 from q4jax_kernels.kv_pages import Pages, write
@@ -54,11 +54,16 @@ class Config:
   layers: int = option(16, "Caches that are gone through in turn.")
   reps: int = option(25, "Timed runs of each row.")
   seed: int = option(0, "Of the contents.")
-  out: str = option("", "File to write the records to, as JSON.")
 
 
 def run(config: Config) -> list[dict[str, Any]]:
   """A record for each number of slots and kind of cache."""
+  if config.shape not in SHAPES or any(s < BLOCK or s % BLOCK for s in config.slots):
+    raise ConfigError(f"--shape is one of {', '.join(SHAPES)}, --slots multiples of {BLOCK}.")
+  if not ffi.available():
+    raise ConfigError(
+      "this measures the native library, which is not here; see README.md, Install."
+    )
   buffer = np.ones(256 << 20, np.uint8)
   return [r for slots in config.slots for r in _measure(config, slots, buffer)]
 
@@ -189,16 +194,31 @@ def table(records: list[dict[str, Any]]) -> list[list[str]]:
   return rows
 
 
-def main(_: list[str]) -> None:
-  config = config_flags.read(Config)
-  if config.shape not in SHAPES or any(s < BLOCK or s % BLOCK for s in config.slots):
-    raise app.UsageError(f"--shape is one of {', '.join(SHAPES)}, --slots multiples of {BLOCK}.")
-  records = run(config)
-  print(markdown(table(records)))
-  if config.out:
-    save(config.out, config, records)
+def plot(records: list[dict[str, Any]], path: str) -> None:
+  """Speed against that of the dense float16 cache, a bar for each kind, a panel for each length."""
+  lengths = sorted({r["slots"] for r in records})
+  with plots.figure(path, len(lengths), width=4.5) as every:
+    for axes, slots in zip(every, lengths, strict=True):
+      mine = [r for r in records if r["slots"] == slots]
+      axes.barh([r["cache"] for r in mine], [r["speedup"] for r in mine])
+      axes.axvline(1, color="grey", lw=0.8)
+      axes.set(title=f"{slots} tokens", xlabel="speed, dense float16 = 1")
+      axes.invert_yaxis()
+
+
+CLAIMS: tuple[Claim, ...] = ()
+VERSION = 1
+
+
+def quick() -> list[Config]:
+  """One length, four layers."""
+  return [Config(slots=(4096,), layers=4, reps=5)]
+
+
+def full() -> list[Config]:
+  """Three lengths, all layers."""
+  return [Config()]
 
 
 if __name__ == "__main__":
-  config_flags.define(Config)
-  app.run(main)
+  command(__name__)

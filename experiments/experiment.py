@@ -44,6 +44,8 @@ NAMES: tuple[str, ...] = (
   "end_to_end",
   "kv_retrieval",
   "qat_variants",
+  "bench_int4_matmul",
+  "bench_kv_attention",
 )
 
 

@@ -189,7 +189,8 @@ def plot(records: list[dict[str, Any]], path: str, config: Config = Config()) ->
         left.semilogy([100 * e for e in r["layers"]], "o-", label=label)
     left.set(title="groups of 128, with a minimum", xlabel="layer", ylabel="relative error, %")
     left.set_xticks(range(len(records[0]["layers"])))
-    left.legend(fontsize="small")
+    if left.lines:
+      left.legend(fontsize="small")
     name, w = next((n, w) for n, w in matrices(config).items() if "ffn_down" in n)
     right.hist(w[0], bins=100, color="lightgrey")
     for (method, height), color in zip((("rtn", 0.9), ("search", 0.8)), ("C0", "C1"), strict=True):

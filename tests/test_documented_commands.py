@@ -175,7 +175,8 @@ def _marks(text: str) -> list[pytest.MarkDecorator]:
 def test_it_runs(command: Command, folder: Path) -> None:
   if why := reason(command):
     pytest.skip(why)
-  if command.name.endswith(("bench_int4_matmul", "profile_decode")) and not ffi.available():
+  native = ("bench_int4_matmul", "bench_kv_attention", "profile_decode")
+  if command.name.endswith(native) and not ffi.available():
     pytest.skip("needs the native library")
   arguments = command.arguments if command.line in ERRORS else small(command)
   if command.words[0] == "q4jax":

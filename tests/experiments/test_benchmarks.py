@@ -1,6 +1,5 @@
 """The measuring scripts run, and report what they were given; no number here is about speed."""
 
-import json
 import math
 import stat
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import q4jax
 from experiments import (
   bench_int4_matmul,
   bench_kv_attention,
@@ -55,11 +55,12 @@ def test_int4_matmul_rows(tmp_path: Path) -> None:
   assert row["of_read"] == pytest.approx(row["gb_per_s"] / row["read_gb_per_s"])
   assert row["gops"] == pytest.approx(2 * 512 * 2048 / row["seconds"] / 1e9)
   assert row["of_peak"] == pytest.approx(row["gops"] / row["peak_gops"])
-  bench_int4_matmul.write(records, config, str(tmp_path / "out" / "rows"))
-  whole = json.loads((tmp_path / "out" / "rows.json").read_text())
-  assert whole["records"] == records and {"device", "jax", "commit", "command"} <= set(whole)
-  assert len((tmp_path / "out" / "rows.csv").read_text().splitlines()) == len(records) + 1
-  assert (tmp_path / "out" / "rows.md").read_text().count("llama1b.kv") == 7
+  assert len(bench_int4_matmul.table(records)) == 1 + len(records)
+  loop, simd, ratio = (claim.measure(records) for claim in bench_int4_matmul.CLAIMS)
+  assert loop == 1e3 * next(r["seconds"] for r in records if r["implementation"] == "scalar")
+  assert ratio == loop / simd
+  with pytest.raises(q4jax.ConfigError, match=r"--shapes: nothing; there are gemm32, "):
+    bench_int4_matmul.run(bench_int4_matmul.Config(shapes=("nothing",)))
 
 
 @native
