@@ -1,10 +1,20 @@
 """Every test here compiles for a device that is not here; what it records is printed as a table."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_kept() -> Iterator[None]:
+  """No kept program is looked for: it could be written, not read without its device."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
