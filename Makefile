@@ -5,7 +5,7 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
-# More workers would help little: each compiles its own programs.
+# Runs of neighbours to each worker: modules share fixtures and compiled programs.
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 BIN := $(VENV)/bin

@@ -21,7 +21,6 @@ from setuptools.errors import CompileError, LinkError
 
 # No contraction: an FMA is written where it is wanted, and no result depends on the compiler.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-g0", "-ffp-contract=off", "-Wno-psabi"]
-SCALAR = ["-O2"]  # Nobody waits for it to run, everybody for it to compile.
 # A file for one instruction set says so in its name; the library picks one at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
@@ -30,7 +29,7 @@ QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 NEON = ["-march=armv8.2-a+dotprod"]
 X86_FLAGS = {"_avx2": AVX2, "_avx512": [*AVX2, *AVX512, *QUIET]}
 ARM_FLAGS = {"_neon": NEON}
-ISA_FLAGS = {"_scalar": SCALAR} | X86_FLAGS | ARM_FLAGS
+ISA_FLAGS = X86_FLAGS | ARM_FLAGS
 
 
 def isa_suffix(source: str) -> str | None:
@@ -101,7 +100,7 @@ class BuildNative(build_ext):
 def sources() -> list[str]:
   """The C++ files for this processor."""
   here = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
-  mine = [None, "_scalar", *here.get(platform.machine(), {})]
+  mine = [None, *here.get(platform.machine(), {})]
   files = sorted(str(path) for path in Path("kernels/csrc").glob("*.cc"))
   return [file for file in files if isa_suffix(file) in mine]
 

@@ -22,8 +22,9 @@ def programs(folder: Path) -> set[str]:
 
 
 def test_the_second_start_compiles_nothing(model_file: Path, tmp_path: Path) -> None:
-  # Everything is worth keeping, however quickly it compiled.
   env = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
+  # Everything is worth keeping, however quickly it compiled.
+  env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   first = generate(model_file, env)
   kept = programs(tmp_path / "q4jax" / "programs")
   assert kept  # of prefill and decode at least
