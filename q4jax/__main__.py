@@ -1,8 +1,6 @@
 """`python -m q4jax` is the command `q4jax`."""
 
-import sys
-
-from q4jax.cli.main import main
+from q4jax.cli.main import process
 
 if __name__ == "__main__":
-  sys.exit(main())
+  process()

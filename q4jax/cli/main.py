@@ -4,11 +4,13 @@ Exit codes: 0 done; 1 an error that the message explains; 2 a command line that 
 stopped by Ctrl-C; 141 whoever read the output went away.
 """
 
+import contextlib
 import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from q4jax import __version__
 from q4jax.errors import Q4JaxError
@@ -67,6 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The interpreter flushes stdout once more as it exits; let that go nowhere.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+
+
+def process() -> NoReturn:
+  """What the process `q4jax` does: `main`, whose exit code is its own."""
+  code = main()
+  if code == 130:
+    # XLA may still be computing, and crashes where the interpreter is taken down under it.
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):
+        stream.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -153,3 +153,18 @@ def test_a_terminal_without_utf8(vocabulary_file: Path) -> None:
   assert done.code == 0 and json.loads(done.out)["text"] == "é"
   done = finished(start("tokenize", vocabulary_file, "--ids=198,172", env=env))
   assert done.code == 0 and done.out == "?\n"
+
+
+def test_ctrl_c_leaves_without_taking_the_interpreter_down() -> None:
+  """XLA may be computing, and has crashed when it was: what runs at exit would show here."""
+  script = (
+    "import atexit, os; from q4jax.cli import main as m; atexit.register(os._exit, 9); "
+    "m.main = lambda: print('told') or {}; m.process()"
+  )
+  for code, seen in ((130, 130), (1, 9)):
+    done = subprocess.run(
+      [sys.executable, "-c", script.format(code)],
+      cwd=ROOT, env={"PYTHONPATH": ".:kernels"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == seen, done.stderr
+    assert code != 130 or done.stdout == "told\n"
