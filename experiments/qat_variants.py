@@ -5,7 +5,7 @@ r"""Quantisation-aware training, all variants from one float model with equal to
     --group_size=32
   python -m experiments.reproduce --full --only=qat_variants      # the table: 114 rows, resumable
 
-The first takes 70 seconds on two CPU cores and shows that it runs; a row of the table takes one minute.
+The first takes 70 seconds on two CPU cores and shows that it runs; a row of the table takes 50.
 Trains on --train_text and measures on --text: perplexity, KL to the float model and how often both
 find the same token likeliest, by q4jax.compare, on the model that was exported and loaded again.
 
