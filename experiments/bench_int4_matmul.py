@@ -168,7 +168,9 @@ def _ggml(config: Config, format: str, x: np.ndarray, n: int, budget: int) -> Ca
   """As `_looped`, with fewer copies where the products would fill the memory."""
   (m, k), (block, block_bytes) = x.shape, block_shape(format)
   width = k // block * block_bytes
-  most = max(1, min(_MOST_COPIES, budget // (n * width), _GGML_PRODUCTS // (4 * m * n)))
+  # Its graph is computed once a call, so that copies share the call's cost, in a cache or not.
+  most = budget // (n * width) if budget else _MOST_COPIES
+  most = max(1, min(_MOST_COPIES, most, _GGML_PRODUCTS // (4 * m * n)))
   rng = np.random.default_rng(0)
   weights = [rng.integers(0, 256, (n, width), np.uint8) for _ in range(most)]
   peer = GgmlMatmul(Path(config.ggml), format, weights, x, probe.threads())
@@ -230,17 +232,28 @@ def _looped(
     return jax.lax.fori_loop(0, rounds, one, x)
 
   on_device = jnp.asarray(x)
-  jax.block_until_ready(loop(on_device, weights, jnp.int32(1)))
-  begin = time.perf_counter()
-  jax.block_until_ready(loop(on_device, weights, jnp.int32(1)))
-  rounds = max(1, round(seconds / max(time.perf_counter() - begin, 1e-6)))
-  return Case(
-    name,
-    format,
-    nbytes,
-    rounds * len(weights),
-    lambda: jax.block_until_ready(loop(on_device, weights, jnp.int32(rounds))),
-  )
+
+  def call(rounds: int) -> None:
+    jax.block_until_ready(loop(on_device, weights, jnp.int32(rounds)))
+
+  call(1)  # It compiles.
+  rounds = _rounds(call, seconds)
+  return Case(name, format, nbytes, rounds * len(weights), lambda: call(rounds))
+
+
+def _rounds(call: Callable[[int], None], seconds: float) -> int:
+  """How often to repeat what `call(rounds)` does for it to take `seconds`.
+
+  It grows from one: a short product's first run is mostly the cost of the call around it.
+  """
+  rounds = 1
+  while True:
+    begin = time.perf_counter()
+    call(rounds)
+    taken = time.perf_counter() - begin
+    if taken >= seconds / 2:
+      return max(1, round(rounds * seconds / taken))
+    rounds *= min(10, max(2, int(seconds / max(taken, 1e-6))))
 
 
 def _scalar(x: np.ndarray, n: int, rng: np.random.Generator, seconds: float) -> Case:
@@ -248,15 +261,14 @@ def _scalar(x: np.ndarray, n: int, rng: np.random.Generator, seconds: float) -> 
   packed = rng.integers(0, 256, (n, k // 2), np.uint8)
   scale = rng.random((n, k // _SCALAR_GROUP), np.float32)
   arguments = (x, packed, scale, 7.5 * scale)
-  begin = time.perf_counter()
-  probe.scalar_matmul(*arguments)
-  count = max(1, round(seconds / (time.perf_counter() - begin)))
 
-  def call() -> None:
+  def call(count: int) -> None:
     for _ in range(count):
       probe.scalar_matmul(*arguments)
 
-  return Case("scalar", f"g{_SCALAR_GROUP}", packed.nbytes + 2 * scale.nbytes, count, call)
+  count = _rounds(call, seconds)
+  nbytes = packed.nbytes + 2 * scale.nbytes
+  return Case("scalar", f"g{_SCALAR_GROUP}", nbytes, count, lambda: call(count))
 
 
 def table(records: list[dict[str, Any]]) -> list[list[str]]:
