@@ -240,12 +240,11 @@ def plot(records: list[Record], path: str) -> None:
 
 
 def quick() -> list[Config]:
-  """The plain methods and GPTQ in groups of 32 and 128, on little text."""
-  some = Config(
-    methods=("rtn", "mse", "awq", "gptq"), group_sizes=("32", "128"), rules=("minimum",),
-    chunks=8, sequences=8,
-  )  # fmt: skip
-  return each(some, "bits", "group_sizes", "rules", "methods")
+  """RTN and GPTQ in groups of 32 and 128, a search and AWQ in the latter, on little text."""
+  some = Config(rules=("minimum",), chunks=8, sequences=8)
+  both = dataclasses.replace(some, methods=("rtn", "gptq"), group_sizes=("32", "128"))
+  large = dataclasses.replace(some, methods=("mse", "awq"), group_sizes=("128",))
+  return [*each(both, "group_sizes", "methods"), *each(large, "methods")]
 
 
 def full() -> list[Config]:

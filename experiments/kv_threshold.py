@@ -2,7 +2,8 @@ r"""What thresholds keep, and cost: median + alpha * std, a quantile, or an exac
 
   python -m experiments.kv_threshold                                   # 11 rows, 70 s
   python -m experiments.kv_threshold --policies=threshold,h2o --selects=quantile:0.75,keep:0.6
-  python -m experiments.kv_threshold --speed_model=1b.Q4_K_M.gguf      # and tok/s at 4k, 8k
+  python -m experiments.kv_threshold --speed_model=1b.Q4_K_M.gguf --selects= \
+    --out=experiments/results/kv_rates_1b.json                         # tok/s at 4k, 8k
 
 A prompt is read, evicted once as the rule says, and the text's rest stepped through. Measured are
 the share of the prompt's tokens that stays (protected ones among them), the perplexity, the bytes,
@@ -11,8 +12,9 @@ was evicted, mean over queries, heads and layers. Nothing of this is a time; any
 
   selects  alpha:A (median + A std), quantile:Q, keep:K (the same rules calibrated to a share)
 
-Rates at depth come from --speed_model (q4jax bench's protocol: whole blocks of a cache without
-eviction against the same with keep 0.6), or else from a committed record of such a run.
+Rates at depth come from --speed_model (q4jax bench's protocol; a dense cache, int4 blocks, and the
+same with keep 0.6 take turns in every repetition, medians), or else from a committed record of such
+a run.
 
 Expected: an uncalibrated rule keeps what the scores' distribution makes of it. H independent heads
 of which any may keep a token keep 1 - q^H of them, so a quantile says nothing before H is known.
@@ -21,6 +23,7 @@ Which questions survive eviction is another table, kv_retrieval.
 
 import dataclasses
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,9 +70,10 @@ class Config:
   recent: int = option(16, "Newest tokens that stay.")
   speed_model: str = option("", "A model whose rates are measured at depth.")
   depths: tuple[int, ...] = option((4096, 8192), "Tokens in the cache when rates are measured.")
+  reps: int = option(9, "Repetitions of 24 tokens.")
   speed_records: str = option(
-    "experiments/results/vs_llamacpp_1b_depth_zen3.json",
-    "Rates that were measured before, by bench_vs_llamacpp; used without --speed_model.",
+    "experiments/results/kv_rates_1b_zen3.json",
+    "Rates that were measured before, by --speed_model and --out; used without the former.",
   )
 
 
@@ -140,33 +144,27 @@ def _speeds(config: Config) -> list[Record]:
   int4 = KVConfig(KVFormat(4, group), KVFormat(4, group), rotate=True)
   evicting = dataclasses.replace(int4, policy=get_policy("snapkv"), select=UnionRank(0.6))
   sides = {"dense float16": None, "int4": int4, "int4, keep 0.6": evicting}
+  engines = [Engine(model, kv=kv, max_context=max(config.depths) + 32) for kv in sides.values()]
   records = []
-  for side, kv in sides.items():
-    engine = Engine(model, kv=kv, max_context=max(config.depths) + 32)
-    for result in bench.bench(engine, [bench.Test(0, 24, depth) for depth in config.depths], 2):
-      records.append({"kind": "speed", "side": side, "depth": result.test.n_depth,
-                      "tokens_per_s": result.avg_ts, "from": config.speed_model})  # fmt: skip
+  for depth in config.depths:
+    results = bench.compare(engines, bench.Test(0, 24, depth), config.reps)
+    for side, result in zip(sides, results, strict=True):
+      records.append({"kind": "speed", "side": side, "depth": depth,
+                      "tokens_per_s": statistics.median(result.rates), "rates": result.rates,
+                      "from": Path(config.speed_model).name})  # fmt: skip
   return records
 
 
 def _cited(config: Config) -> list[Record]:
-  """Our sides of a record that bench_vs_llamacpp wrote; none without such a file."""
+  """The rates of a run before, with its date."""
   path = Path(config.speed_records)
   if not config.speed_records:
     return []
   if not path.is_file():
     raise ConfigError(f"--speed_records={path} is no file; give one, or an empty name for none.")
   whole = json.loads(path.read_text())
-  names = {"": "dense float16", "bits": "int4", "keep": "int4, keep 0.6"}
-  found = []
-  for r in whole["records"]:
-    if not r["side"].startswith("q4jax") or "@ d" not in r["test"]:
-      continue
-    kind = "keep" if "--keep=0.6" in r["side"] else "bits" if "--kv_bits" in r["side"] else ""
-    found.append({"kind": "speed", "side": names[kind], "depth": int(r["test"].split("@ d")[1]),
-                  "tokens_per_s": r["tokens_per_s"],
-                  "from": f"{path.name}, {whole['time'][:10]}"})  # fmt: skip
-  return found
+  rates = [r for r in whole["records"] if r["kind"] == "speed"]
+  return [r | {"from": f"{r['from']}, {whole['time'][:10]}"} for r in rates]
 
 
 def _speed_records(records: list[Record]) -> list[Record]:

@@ -125,6 +125,33 @@ void Attend(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int
   half ? AttendRows<true>(a, b, h, t0, t1, scratch, mass) : AttendRows<false>(a, b, h, t0, t1, scratch, mass);
 }
 
+// The rows [row0, row1), sixteen at most, of KV head h: token row / repeat, as in AttendRows.
+template <bool half>
+void WindowRows(const Attention& a, int64_t b, int64_t h, int64_t row0, int64_t row1, float* scratch) {
+  const int64_t repeat = a.Hq / a.Hkv;
+  const uint8_t* k = (const uint8_t*)a.k + (b * a.Hkv + h) * a.S * a.D * (half ? 2 : 4);
+  const TileFloats at(scratch, a.D);
+  const float* q[16];
+  float *out[16], inverse[16];
+  int64_t seen[16], rows = 0;
+  for (int64_t row = row0; row < row1; row++) {
+    const int64_t t = row / repeat, head = h * repeat + row % repeat;
+    float* to = a.out + ((b * a.Hq + head) * a.T + t) * a.S;
+    const int64_t mine = a.length[b * a.T + t];
+    for (int64_t s = mine; s < a.S; s++) to[s] = 0.0f;
+    if (mine == 0) continue;
+    q[rows] = a.q + ((b * a.T + t) * a.Hq + head) * a.D, out[rows] = to, seen[rows++] = mine;
+  }
+  if (rows == 0) return;
+  TileWeights<half>(a, rows, q, k, seen, at, inverse);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t s = 0; s < seen[r]; s++) out[r][s] = at.logits[16 * s + r] * inverse[r];
+}
+
+void Window(const Attention& a, bool half, int64_t b, int64_t h, int64_t row0, int64_t row1, float* scratch) {
+  half ? WindowRows<true>(a, b, h, row0, row1, scratch) : WindowRows<false>(a, b, h, row0, row1, scratch);
+}
+
 void StoreCache(const float* x, int64_t n, bool half, void* out) {
   if (!half) {
     __builtin_memcpy(out, x, n * 4);

@@ -114,41 +114,61 @@ void TileMix(const Attention& a, const float* p, const float* v, int64_t slots, 
   }
 }
 
-// Up to sixteen rows at q[row] and out[row], of which each sees the first seen[row] slots, in
-// ascending order. Keys and values become floats once for all of them. To mass[slot], where it is
-// given, goes `share` of what each row pays to the slot.
+// The floats that a tile works in, one part behind the other (Attention::scratch).
+struct TileFloats {
+  float *queries, *chunk, *rest, *logits;  // [D][16], [kChunk][D], [D] and [S + 16][16]
+  TileFloats(float* scratch, int64_t D)
+      : queries(scratch), chunk(queries + 16 * D), rest(chunk + kChunk * D), logits(rest + D) {}
+};
+
+// Of up to sixteen rows at q[row], which see the first seen[row] slots each, in ascending order:
+// logits[s][row], times inverse[row], is the softmax. Lanes that are no row are those of a zero query.
+template <bool half>
+void TileWeights(const Attention& a, int64_t rows, const float* const* q, const void* k, const int64_t* seen,
+                 const TileFloats& at, float* inverse) {
+  constexpr int64_t bytes = half ? 2 : 4;
+  const int64_t D = a.D, slots = seen[rows - 1];
+  int64_t limit[16];
+  for (int64_t r = 0; r < 16; r++) {
+    limit[r] = r < rows ? seen[r] : slots;
+    for (int64_t i = 0; i < D; i++) at.queries[16 * i + r] = r < rows ? q[r][i] : 0.0f;
+  }
+  for (int64_t first = 0; first < slots; first += kChunk) {
+    const int64_t count = slots - first < kChunk ? slots - first : kChunk;
+    ToFloats<half>((const uint8_t*)k + first * D * bytes, count * D, at.chunk);
+    for (int64_t s = 0; s < count; s += kSlotStrip)
+      TileLogits(a, at.queries, at.chunk + s * D, at.logits + 16 * (first + s));
+  }
+  TileSoftmax(at.logits, limit, seen[0], slots, inverse);
+}
+
+// What these rows take from the slots goes to out[row]. Keys and values become floats once for all of
+// them. To mass[slot], where it is given, goes `share` of what each row pays to the slot.
 template <bool half>
 void Tile(const Attention& a, int64_t rows, const float* const* q, const void* k, const void* v, const int64_t* seen,
           float* const* out, float* scratch, float* mass, float share) {
   constexpr int64_t bytes = half ? 2 : 4;
   const int64_t D = a.D, common = seen[0], slots = seen[rows - 1];
-  float *queries = scratch, *chunk = queries + 16 * D, *rest = chunk + kChunk * D, *logits = rest + D, inverse[16];
+  const TileFloats at(scratch, D);
+  float inverse[16];
   float* to[16];
-  int64_t limit[16];
+  TileWeights<half>(a, rows, q, k, seen, at, inverse);
   for (int64_t r = 0; r < 16; r++) {
-    to[r] = r < rows ? out[r] : rest;  // Lanes that are no row are computed too, as of a zero query.
-    limit[r] = r < rows ? seen[r] : slots;
-    for (int64_t i = 0; i < D; i++) queries[16 * i + r] = r < rows ? q[r][i] : 0.0f;
+    to[r] = r < rows ? out[r] : at.rest;
     for (int64_t i = 0; i < D; i++) to[r][i] = 0.0f;
   }
   for (int64_t first = 0; first < slots; first += kChunk) {
     const int64_t count = slots - first < kChunk ? slots - first : kChunk;
-    ToFloats<half>((const uint8_t*)k + first * D * bytes, count * D, chunk);
-    for (int64_t s = 0; s < count; s += kSlotStrip) TileLogits(a, queries, chunk + s * D, logits + 16 * (first + s));
-  }
-  TileSoftmax(logits, limit, common, slots, inverse);
-  for (int64_t first = 0; first < slots; first += kChunk) {
-    const int64_t count = slots - first < kChunk ? slots - first : kChunk;
-    ToFloats<half>((const uint8_t*)v + first * D * bytes, count * D, chunk);
+    ToFloats<half>((const uint8_t*)v + first * D * bytes, count * D, at.chunk);
     // The slots that all rows see, for all; then each row's own: what it does not see may be NaN.
     const int64_t shared = common < first ? 0 : common < first + count ? common - first : count;
-    const float* p = logits + 16 * first;
+    const float* p = at.logits + 16 * first;
     int r = 0;
-    for (; r + kSlotStrip <= 16; r += kSlotStrip) TileMix<kSlotStrip>(a, p + r, chunk, shared, to + r);
-    if constexpr (16 % kSlotStrip > 0) TileMix<16 % kSlotStrip>(a, p + r, chunk, shared, to + r);
+    for (; r + kSlotStrip <= 16; r += kSlotStrip) TileMix<kSlotStrip>(a, p + r, at.chunk, shared, to + r);
+    if constexpr (16 % kSlotStrip > 0) TileMix<16 % kSlotStrip>(a, p + r, at.chunk, shared, to + r);
     for (r = 0; r < rows; r++) {
       const int64_t end = seen[r] - first < count ? seen[r] - first : count;
-      if (end > shared) TileMix<1>(a, p + 16 * shared + r, chunk + shared * D, end - shared, to + r);
+      if (end > shared) TileMix<1>(a, p + 16 * shared + r, at.chunk + shared * D, end - shared, to + r);
     }
   }
   for (int64_t r = 0; r < rows; r++)
@@ -157,7 +177,7 @@ void Tile(const Attention& a, int64_t rows, const float* const* q, const void* k
   float weight[16];
   for (int64_t r = 0; r < 16; r++) weight[r] = r < rows ? share * inverse[r] : 0.0f;
   const F weights = Simd::Load(weight);
-  for (int64_t s = 0; s < slots; s++) mass[s] += Simd::Sum(Simd::Mul(Simd::Load(logits + 16 * s), weights));
+  for (int64_t s = 0; s < slots; s++) mass[s] += Simd::Sum(Simd::Mul(Simd::Load(at.logits + 16 * s), weights));
 }
 
 }  // namespace

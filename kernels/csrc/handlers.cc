@@ -278,6 +278,37 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   return ffi::Error::Success();
 }
 
+// What the queries q [B, T, Hq, D] pay to each slot of k [B, Hkv, S, D]: out [B, Hq, T, S]. Query t sees
+// the first seen[b, t] slots.
+ffi::Error WindowImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::Buffer<ffi::S32> seen,
+                      ffi::ResultBuffer<ffi::F32> out, float scale, int64_t isa) {
+  const Kernels* kernels = Select(isa);
+  if (!kernels) return Invalid("this processor lacks the instruction set that was named");
+  const auto qd = q.dimensions(), kd = k.dimensions();
+  if (qd.size() != 4 || kd.size() != 4) return Invalid("attention of a window needs four dimensions");
+  const bool half = k.element_type() == ffi::F16;
+  if (!half && k.element_type() != ffi::F32) return Invalid("keys must be float16 or float32");
+  const Attention a{q.typed_data(), k.untyped_data(), nullptr, nullptr, seen.typed_data(), out->typed_data(),
+                    qd[0], qd[1], qd[2], kd[1], kd[2], qd[3], scale};
+  if (kd[0] != a.B || kd[3] != a.D || a.Hkv == 0 || a.Hq % a.Hkv || (int64_t)seen.element_count() != a.B * a.T ||
+      (int64_t)out->element_count() != a.B * a.Hq * a.T * a.S)
+    return Invalid("the arguments of a window's attention do not fit each other");
+  for (int64_t i = 0; i < a.B * a.T; i++) {
+    if (a.length[i] < (i % a.T ? a.length[i - 1] : 0) || a.length[i] > a.S)
+      return Invalid("query " + std::to_string(i % a.T) + " sees " + std::to_string(a.length[i]) + " of " +
+                     std::to_string(a.S) + " slots; expected no fewer than the query before it, and no more than there are");
+  }
+  const int64_t rows = a.T * (a.Hq / a.Hkv), tiles = (rows + 15) / 16;
+  const bool small = a.B * a.Hq * a.T * a.S * a.D < 32768;
+  ParallelFor(pool, small ? 1 : Threads(pool), a.B * a.Hkv * tiles, [&](int64_t i) {
+    static thread_local std::vector<float> scratch;
+    scratch.resize(a.scratch());
+    const int64_t tile = i % tiles, h = i / tiles % a.Hkv, b = i / tiles / a.Hkv;
+    kernels->window(a, half, b, h, 16 * tile, std::min(rows, 16 * (tile + 1)), scratch.data());
+  });
+  return ffi::Error::Success();
+}
+
 // One side of the pool as the handler gets it: codes, scale, minimum (empty where the format has
 // none), and {bits, group, symmetric}.
 ffi::Error CheckPart(const ffi::AnyBuffer& codes, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& minimum,
@@ -450,6 +481,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_attention, q4::AttentionImpl,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("layer")
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_window_attention, q4::WindowImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("isa"));
 

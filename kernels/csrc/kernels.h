@@ -109,6 +109,10 @@ struct Kernels {
   // mass[0 .. S - 1], unless that is null.
   void (*attention)(const Attention& a, bool half, int64_t b, int64_t h, int64_t t0, int64_t t1,
                     float* scratch, float* mass);
+  // Softmax alone of rows [row0, row1), sixteen at most, of KV head h: row = token * Hq / Hkv + head of
+  // the group. Token t sees the first a.length[b * T + t] slots, no fewer than the token before it;
+  // a.out is float[B, Hq, T, S], and values and start are not used.
+  void (*window)(const Attention& a, bool half, int64_t b, int64_t h, int64_t row0, int64_t row1, float* scratch);
   // The compressed cache's, of sequence b and KV head h; scratch holds 4 * (P * block_size + D + 16).
   void (*paged_attention)(const PagedAttention& a, int64_t b, int64_t h, float* scratch);
   // Rounds n floats into the cache's type.

@@ -28,6 +28,7 @@
        Dequantize<Q5_K>, Dequantize<Q6_K>, Dequantize<IQ4_NL>, Dequantize<IQ4_XS>,                    \
        Q4_GROUP_SIZES(Q4_DEQUANTIZE)},                                                                \
       Attend,                                                                                         \
+      Window,                                                                                         \
       AttendPaged,                                                                                    \
       StoreCache,                                                                                     \
   };                                                                                                  \

@@ -16,6 +16,7 @@ _HANDLERS = (
   "q4jax_matmul",
   "q4jax_take_rows",
   "q4jax_attention",
+  "q4jax_window_attention",
   "q4jax_paged_attention",
   "q4jax_clock",
 )

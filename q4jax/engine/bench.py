@@ -77,30 +77,46 @@ def bench(engine: Engine, tests: Sequence[Test], repetitions: int = 5) -> Iterat
   Raises:
     ConfigError: a test is empty or longer than the context. Nothing has run by then.
   """
+  _check([engine], tests, repetitions)
+  runner = _Runner(engine)
+  return (_take_turns([runner], test, repetitions)[0] for test in tests)
+
+
+def compare(engines: Sequence[Engine], test: Test, repetitions: int = 5) -> list[Result]:
+  """The same test of several engines, which take turns in every repetition.
+
+  A shared machine is faster in one minute than in the next: only so can they be compared.
+  ConfigError as in `bench`.
+  """
+  _check(engines, [test], repetitions)
+  return _take_turns([_Runner(engine) for engine in engines], test, repetitions)
+
+
+def _take_turns(runners: "Sequence[_Runner]", test: Test, repetitions: int) -> list[Result]:
+  states = [runner.at_depth(test) for runner in runners]
+  seconds: list[list[float]] = [[] for _ in runners]
+  for _ in range(repetitions + 1):  # The first compiles and warms up.
+    for i, runner in enumerate(runners):
+      run = runner.prompt if test.n_prompt else runner.generate
+      took, states[i] = run(test, states[i])
+      seconds[i].append(took)
+  return [Result(test, tuple(each[1:])) for each in seconds]
+
+
+def _check(engines: Sequence[Engine], tests: Sequence[Test], repetitions: int) -> None:
   if repetitions < 1:
     raise ConfigError(f"repetitions is {repetitions}; expected at least 1.")
+  most = min(engine.max_context for engine in engines)
   for test in tests:
     if min(test.n_prompt, test.n_gen, test.n_depth) < 0 or (test.n_prompt > 0) == (test.n_gen > 0):
       raise ConfigError(f"{test} needs either n_prompt or n_gen above 0, and n_depth 0 or more.")
     if test.n_batch < 1:
       raise ConfigError(f"n_batch is {test.n_batch}; expected at least 1.")
-    if test.context > engine.max_context:
+    if test.context > most:
       raise ConfigError(
         f"a test of {test.n_prompt + test.n_gen} tokens at depth {test.n_depth} does not fit the "
-        f"context of {engine.max_context}. Lower its length or its depth."
+        f"context of {most}. Lower its length or its depth."
       )
-  return _run(engine, tests, repetitions)
-
-
-def _run(engine: Engine, tests: Sequence[Test], repetitions: int) -> Iterator[Result]:
-  runner = _Runner(engine)
-  for test in tests:
-    state = runner.at_depth(test)
-    seconds = []
-    for _ in range(repetitions + 1):  # The first compiles and warms up.
-      took, state = runner.prompt(test, state) if test.n_prompt else runner.generate(test, state)
-      seconds.append(took)
-    yield Result(test, tuple(seconds[1:]))
 
 
 class _Runner:

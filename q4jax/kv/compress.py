@@ -16,7 +16,7 @@ from q4jax.kv.decide import keep_mask
 from q4jax.kv.policy import ScoreContext
 from q4jax.model.caches import Recording
 from q4jax_kernels import kv_pages
-from q4jax_kernels.attention import Cache
+from q4jax_kernels.attention import Cache, window_attention
 from q4jax_kernels.hadamard import rotate
 from q4jax_kernels.kv_pages import Pages
 from q4jax_kernels.paged_attention import Paged
@@ -87,16 +87,13 @@ def attention(queries: jax.Array, k: jax.Array, pos: jax.Array, length: jax.Arra
   """float32[B, N, W, S]: causal softmax of queries [B, W, N, H] over k [B, K, S, H].
 
   The last query is that of position length - 1. Rows before the first token are 0.
-  `pos` int32[B, S] is where the slots' tokens stand; one that holds none is at `length` or later.
+  `pos` int32[B, S] is where the slots' tokens stand, ascending; slots that hold none come last and
+  are at `length` or later.
   """
-  b, window, n, h = queries.shape
-  kv_heads, slots = k.shape[1:3]
-  q = queries.reshape(b, window, kv_heads, n // kv_heads, h)
-  logits = jnp.einsum("bwkrh,bksh->bkrws", q, k.astype(jnp.float32)) * h**-0.5
+  window = queries.shape[1]
   at = length[:, None] - window + jnp.arange(window)[None]  # [B, W]
-  seen = (pos[:, None] <= at[..., None])[:, None, None]
-  p = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
-  return jnp.where(seen, p, 0.0).reshape(b, n, window, slots)
+  seen = (pos[:, None] <= at[..., None]).sum(-1, dtype=jnp.int32)
+  return window_attention(queries, k, seen)
 
 
 def pack(

@@ -108,10 +108,11 @@ class ScoreContext:
 
   def window_rows(self) -> jax.Array:
     """Which of the W last queries exist, bool[B, W]."""
-    x = self.attn if self.attn is not None else self.queries
-    if x is None:
+    if self.attn is not None:  # Probabilities of a query that exists are not 0 in any head.
+      return jnp.any(self.attn[:, 0] != 0, axis=-1)
+    if self.queries is None:
       raise ConfigError("window_rows() needs attn='window' or queries=True in the policy's needs.")
-    return jnp.any(x != 0, axis=(1, 3))
+    return jnp.any(self.queries != 0, axis=(1, 3))
 
   def window_mean(self, x: jax.Array) -> jax.Array:
     """Mean over the queries of the window that exist, then over heads: [B, N, W, S] -> [B, K, S].

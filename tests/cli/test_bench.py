@@ -73,6 +73,22 @@ def test_too_long_for_the_context(q4jax: Run, model_file: Path) -> None:
     engine_bench.bench(engine, [Spec(1, 0)], repetitions=0)
 
 
+def test_engines_take_turns(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  engines = [Engine(load(model_file), kv_dtype=name) for name in ("f16", "f32")]
+  turns: list[int] = []
+
+  def timed(self: Any, test: Spec, state: State) -> tuple[float, State]:
+    turns.append(engines.index(self._engine))
+    return float(len(turns)), state
+
+  monkeypatch.setattr(engine_bench._Runner, "generate", timed)
+  first, second = engine_bench.compare(engines, Spec(0, 4, 2), repetitions=2)
+  assert turns == [0, 1] * 3
+  assert (first.seconds, second.seconds) == ((3, 5), (4, 6))
+  with pytest.raises(ConfigError, match=f"does not fit the context of {CONTEXT}"):
+    engine_bench.compare(engines, Spec(CONTEXT, 0, 1))
+
+
 def test_nothing_compiles_while_the_clock_runs(
   model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

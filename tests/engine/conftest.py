@@ -1,5 +1,7 @@
 """A small random model with a byte-level SPM vocabulary, quantised as a Q4_K_M file would be."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -70,6 +72,15 @@ def float_model() -> Model:
   With rounding, a difference in the last bit can flip an int8 and move a logit by a percent.
   """
   return Model(Llama(CONFIG, random_weights(0, quantized=False)), tokenizer(), {}, "random")
+
+
+@pytest.fixture(scope="session")
+def long_model() -> Model:
+  """One layer and one head, but 8192 tokens."""
+  config = dataclasses.replace(
+    CONFIG, context_length=8192, d_model=64, d_ffn=64, num_layers=1, num_heads=1, num_kv_heads=1
+  )
+  return Model(Llama(config, random_weights(0, quantized=False)), tokenizer(), {}, "random")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import threading
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,20 +103,34 @@ def test_what_does_not_fit_waits(float_model: Model) -> None:
   assert in_use(tight) == 0
 
 
-def test_four_times_as_many_sequences_in_one_pool(float_model: Model) -> None:
-  """Of exact keys, two sequences fill the pool; of half the tokens it takes four at once."""
-  prompts = [TEXT[i : i + 120] for i in range(4)]
-  evicting = KVConfig(
-    KVFormat(32), KVFormat(32), policy=get_policy("knorm"), select=UnionRank(0.4), protect=PROTECT,
-    block_size=16,
+def test_four_times_as_many_sequences_in_the_same_bytes(long_model: Model) -> None:
+  """Of 4096 tokens: two in float16 fill a pool that takes eight in int4 of which 60% stay."""
+  prompts = np.random.default_rng(0).integers(3, 250, (8, 4096)).tolist()
+  protect = Protect(sink=4, recent=64)
+  packed = KVConfig(
+    KVFormat(4, 32), KVFormat(4, 32), policy=get_policy("snapkv"), select=UnionRank(0.6),
+    protect=protect,
   )  # fmt: skip
-  turns = []
-  for kv in (EXACT, evicting):
-    each = engine(float_model, kv, tokens=2 * 128)
-    turns.append(each._turns([np.array(p) for p in prompts], [8] * 4))
-    done = each.generate(prompts, **{**OPTIONS, "max_tokens": 8})
-    assert isinstance(done, list) and all(len(c.tokens) == 8 for c in done)
-  assert [len(t) for t in turns] == [2, 1]
+
+  def pool(kv: KVConfig, tokens: int) -> tuple[Engine, int]:
+    made = Engine(long_model, kv=kv, kv_pool_tokens=tokens)
+    assert made._store is not None
+    return made, sum(array.nbytes for array in jax.tree.leaves(made._store._zeros()))
+
+  def together(each: Engine) -> int:
+    """How many prompts have a token before any is finished."""
+    stream, begun = each.stream(prompts, max_tokens=2, temperature=0), set()
+    for chunk in stream:
+      if chunk.finish_reason is not None:
+        break
+      begun.add(chunk.index)
+    stream.close()  # type: ignore[attr-defined]
+    return len(begun)
+
+  floats, most = pool(KVConfig(protect=protect), 2 * 4096)
+  codes, used = pool(packed, 2 * 4096 * 3)
+  assert used <= most
+  assert (together(floats), together(codes)) == (2, 8)
 
 
 def test_nothing_compiles_for_prefixes_of_other_lengths(float_model: Model) -> None:

@@ -138,7 +138,16 @@ def test_thresholds(tmp_path: Path, stepped: list[KVConfig]) -> None:
   assert quality["kind"] == "quality" and quality["prompt_kept"] == pytest.approx(0.6, abs=0.35)
   assert {r["side"] for r in speeds} == {"dense float16", "int4", "int4, keep 0.6"}
   written = drawn(kv_threshold, records, tmp_path)
-  assert "vs_llamacpp_1b_depth_zen3.json" in written and "1.09 x" in written
+  assert "(1b.gguf, 20" in written and "eviction at q = .75: speed at 8192" in written
+
+
+def test_rates_at_depth() -> None:
+  config = kv_threshold.Config(selects=(), speed_model="tiny", depths=(40, 200), reps=2)
+  records = kv_threshold.run(config)
+  assert [r["depth"] for r in records] == [40] * 3 + [200] * 3
+  for r in records:
+    assert len(r["rates"]) == 2 and min(r["rates"]) <= r["tokens_per_s"] <= max(r["rates"])
+    assert r["from"] == "tiny"
 
 
 def test_rules_by_name() -> None:

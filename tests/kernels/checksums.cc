@@ -4,6 +4,7 @@
 // -DKERNELS=kAvx2, say.
 #include <stdio.h>
 
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -86,7 +87,7 @@ void PrintAttention(std::mt19937& random) {
         std::vector<uint8_t> k_cache(k.size() * (half ? 2 : 4)), v_cache(k_cache.size());
         KERNELS.store(k.data(), k.size(), half, k_cache.data());
         KERNELS.store(v.data(), v.size(), half, v_cache.data());
-                std::vector<float> out(q.size());
+        std::vector<float> out(q.size());
         const Attention a{q.data(), k_cache.data(), v_cache.data(), &start, &length, out.data(), B, T, Hq, Hkv, S, D, 0.3f};
         std::vector<float> scratch(a.scratch());
         std::vector<float> mass(a.S);
@@ -94,6 +95,13 @@ void PrintAttention(std::mt19937& random) {
         Print(half ? "store_f16" : "store_f32", repeat, D, k_cache);
         Print(half ? "attention_f16" : "attention_f32", repeat, D, out);
         Print(half ? "mass_f16" : "mass_f32", repeat, D, mass);
+        int32_t seen[T];  // The first query sees nothing, the last one everything.
+        for (int64_t t = 0; t < T; t++) seen[t] = t * S / (T - 1);
+        std::vector<float> paid(Hq * T * S);
+        const Attention window{q.data(), k_cache.data(), nullptr, nullptr, seen, paid.data(), B, T, Hq, Hkv, S, D, 0.3f};
+        for (int64_t row = 0; row < T * repeat; row += 16)
+          KERNELS.window(window, half, 0, 0, row, std::min(row + 16, T * repeat), scratch.data());
+        Print(half ? "window_f16" : "window_f32", repeat, D, paid);
       }
     }
   }

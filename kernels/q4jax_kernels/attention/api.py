@@ -92,7 +92,7 @@ def cached_attention(
   portable = bind(reference.cached_attention)
   if implementation == "reference":
     return portable(*arguments)
-  branches, native = {}, _native(cache)
+  branches, native = {}, _native(cache[0])
   if implementation == "cpu":
     if not native:
       raise NotImplementedError(
@@ -138,14 +138,50 @@ def scored_attention(
   """
   arguments = (q, k, v, cache, mass, start, length)
   portable = functools.partial(reference.scored_attention, layer=layer)
-  if not _native(cache):
+  if not _native(cache[0]):
     return portable(*arguments)
   native = functools.partial(cpu.scored_attention, layer=layer)
   return jax.lax.platform_dependent(*arguments, cpu=native, default=portable)
 
 
-def _native(cache: Cache) -> bool:
-  return cache[0].dtype in (jnp.float16, jnp.float32) and ffi.available()
+def window_attention(
+  q: jax.Array, k: jax.Array, seen: jax.Array, implementation: str | None = None
+) -> jax.Array:
+  """The probabilities themselves: what a few queries pay to every slot.
+
+  Args:
+    q: float[B, W, N, H], RoPE applied.
+    k: float[B, K, S, H], N a multiple of K.
+    seen: int32[B, W], query w sees slots 0 .. seen[w] - 1; it must not fall as w grows.
+    implementation: "reference" or "cpu", which then runs or raises; None takes "cpu" on a CPU for
+      keys in float16 and float32. GPUs and TPUs run the reference: the result, which is to be in
+      memory whole, is W times as large as the keys' share of it, so a kernel had little to save.
+
+  Returns:
+    float32[B, N, W, S], softmax of q . k / sqrt(H) over the slots that are seen; 0 in the others.
+
+  Raises:
+    ValueError: an unknown implementation.
+    NotImplementedError: "cpu" does not take keys of this type, or the library is not here.
+  """
+  if implementation not in (None, "reference", "cpu"):
+    raise ValueError(f"implementation '{implementation}' is not one of reference, cpu.")
+  native = _native(k)
+  if implementation == "cpu":
+    if not native:
+      raise NotImplementedError(
+        f"'cpu' needs the native library and keys in float16 or float32; got {k.dtype}."
+      )
+    return cpu.window_attention(q, k, seen)
+  if implementation == "reference" or not native:
+    return reference.window_attention(q, k, seen)
+  return jax.lax.platform_dependent(
+    q, k, seen, cpu=cpu.window_attention, default=reference.window_attention
+  )
+
+
+def _native(keys: jax.Array) -> bool:
+  return keys.dtype in (jnp.float16, jnp.float32) and ffi.available()
 
 
 def _check(implementation: str | None, but: str | None = None) -> None:

@@ -52,3 +52,20 @@ def scored_attention(
     isa=np.int64(ffi.ISA_IDS[isa]),
   )
   return out, (k_cache, v_cache), mass
+
+
+def window_attention(
+  q: jax.Array, k: jax.Array, seen: jax.Array, isa: str = "best"
+) -> jax.Array:
+  """As in api.py; k is float16 or float32. A `seen` that falls is an error."""
+  b, w, n, h = q.shape
+  call = jax.ffi.ffi_call(
+    "q4jax_window_attention", jax.ShapeDtypeStruct((b, n, w, k.shape[2]), jnp.float32)
+  )
+  return call(
+    q.astype(jnp.float32),
+    k,
+    seen,
+    scale=np.float32(h**-0.5),
+    isa=np.int64(ffi.ISA_IDS[isa]),
+  )

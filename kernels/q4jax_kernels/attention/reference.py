@@ -78,3 +78,14 @@ def scored_attention(
     paid = jnp.where(real.reshape(b, 1, 1, t, 1), p, 0.0)
     mass = mass.at[layer].add(paid.sum(axis=3).mean(axis=2))
   return jnp.where(real.reshape(b, t, 1, 1), out, 0.0), (k_cache, v_cache), mass
+
+
+def window_attention(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+  """As in api.py."""
+  b, window, n, h = q.shape
+  kv_heads, slots = k.shape[1:3]
+  query = q.reshape(b, window, kv_heads, n // kv_heads, h).astype(jnp.float32)
+  logits = jnp.einsum("bwkrh,bksh->bkrws", query, k.astype(jnp.float32)) * h**-0.5
+  sees = (jnp.arange(slots)[None, None] < seen[..., None])[:, None, None]
+  p = jax.nn.softmax(jnp.where(sees, logits, -1e30), axis=-1)
+  return jnp.where(sees, p, 0.0).reshape(b, n, window, slots)
