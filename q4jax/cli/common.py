@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from q4jax.cli import compile_cache, cpus, kv
+from q4jax.cli import compile_cache, cpus, kv, memory
 from q4jax.cli.parsing import UsageError
 from q4jax.errors import ConfigError
 
@@ -162,6 +162,7 @@ def load_model(
   """
   cpus.limit_threads(flags.threads)
   compile_cache.use(flags.compile_cache)
+  memory.give_back_after_compiling()
   from q4jax.loading import load
 
   begin = time.perf_counter()
@@ -172,6 +173,7 @@ def load_model(
       implementation=flags.implementation,
       progress=advance,
     )
+  memory.give_back()
   return model, time.perf_counter() - begin
 
 

@@ -47,7 +47,7 @@ class Engine:
       there has been rounded as `kv` says. Only without eviction.
     prefix_ttl_s: seconds after which an unused prefix is forgotten; None for no limit.
     prefill_chunk: most prompt tokens of a sequence in one program call; a longer prompt takes
-      several. A power of two.
+      several. A power of two; None takes 256 on a CPU, where more only takes memory, else 512.
 
   Programs compile on first use, once per bucket: the batch, the chunk and the cache are padded to
   powers of two. Nothing compiles while decoding, nor between prompts of the same buckets.
@@ -63,22 +63,25 @@ class Engine:
     kv_pool_tokens: int | None = None,
     share_prefixes: bool = False,
     prefix_ttl_s: float | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
   ) -> None:
     limit = model.config.context_length
     self.max_context = limit if max_context is None else max_context
     if not 1 <= self.max_context <= limit:
       raise ConfigError(f"max_context is {max_context}; this model's range is 1..{limit}.")
-    if prefill_chunk < 1 or prefill_chunk & (prefill_chunk - 1):
-      raise ConfigError(f"prefill_chunk is {prefill_chunk}; expected a power of two.")
     dtypes = {"f16": jnp.float16, "bf16": jnp.bfloat16, "f32": jnp.float32}
     self._device = next(iter(model.leaves[0].devices()))
-    name = kv_dtype or ("f16" if self._device.platform == "cpu" else "bf16")
+    on_cpu = self._device.platform == "cpu"
+    if prefill_chunk is None:
+      prefill_chunk = 256 if on_cpu else 512
+    if prefill_chunk < 1 or prefill_chunk & (prefill_chunk - 1):
+      raise ConfigError(f"prefill_chunk is {prefill_chunk}; expected a power of two.")
+    name = kv_dtype or ("f16" if on_cpu else "bf16")
     if name not in dtypes:
       raise ConfigError(f"kv_dtype is '{name}'; expected one of {', '.join(dtypes)}.")
     if kv is not None:
       kv.check(model.config)
-      if name == "bf16" and self._device.platform == "cpu":
+      if name == "bf16" and on_cpu:
         raise ConfigError("kv_dtype 'bf16' cannot be compressed on a CPU; use 'f16' or 'f32'.")
     self.model, self.kv = model, kv
     self.kv_dtype = dtypes[name]

@@ -54,9 +54,7 @@ def scored_attention(
   return out, (k_cache, v_cache), mass
 
 
-def window_attention(
-  q: jax.Array, k: jax.Array, seen: jax.Array, isa: str = "best"
-) -> jax.Array:
+def window_attention(q: jax.Array, k: jax.Array, seen: jax.Array, isa: str = "best") -> jax.Array:
   """As in api.py; k is float16 or float32. A `seen` that falls is an error."""
   b, w, n, h = q.shape
   call = jax.ffi.ffi_call(
