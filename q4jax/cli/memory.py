@@ -19,7 +19,7 @@ def give_back_after_compiling() -> None:
   """What is free each time a program has been compiled, or read from the cache, from now on."""
   import jax
 
-  def heard(event: str, duration: float, **_: object) -> None:
+  def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
       give_back()
 
