@@ -32,7 +32,8 @@ SMALL = {
   "python -m experiments.kv_quality": f"{SMALL_KV} --batch=2 --recent=16",
   "python -m experiments.kv_retrieval": "--rows=dense --policies=streaming --keeps=0.4 "
   "--samples=2 --batch=2 --context=64 --pairs=4",
-  "python -m experiments.kv_threshold": f"--policies=threshold --selects=keep:0.6 {SMALL_KV}",
+  "python -m experiments.kv_threshold": "--policies=threshold --selects=keep:0.6 "
+  f"--depths=16,40 --reps=1 {SMALL_KV}",
   "python -m experiments.profile_decode": "--tokens=4 --runs=1",
   "python -m experiments.qat_variants": "--grids=3:minimum --methods=rtn,lsq:mse --seeds=0 "
   "--steps=1 --batch=1 --ctx=16 --sequences=2 --chunks=1 --text=held_out",
