@@ -44,10 +44,10 @@ def _all_plain(merges: Sequence[tuple[str, ...]], ids: Mapping[str, int]) -> boo
 
   A vocabulary may have 300,000, and loading waits: sets look at them in C.
   """
-  if not merges or set(map(len, merges)) != {2}:
-    return not merges
-  left, right = zip(*merges, strict=True)
-  return all(ids.keys() >= set(texts) for texts in (left, right, map(operator.add, left, right)))
+  if set(map(len, merges)) - {2}:
+    return False
+  parts = (operator.itemgetter(0), operator.itemgetter(1), "".join)
+  return all(ids.keys() >= set(map(part, merges)) for part in parts)
 
 
 def build_bpe(

@@ -168,13 +168,14 @@ def _kinds(metadata: Mapping[str, Any], texts: list[str], byte_level: bool) -> l
   # Tokens are 10^5, and loading waits: what is rare is looked for in passes without a body.
   for id in [id for id, number in enumerate(numbers) if number not in _KINDS]:
     raise TokenizerError(f"{_PREFIX}token_type[{id}] is {numbers[id]}; expected 1 to 6. {_HELP}")
-  for id in [id for id, number in enumerate(numbers) if number == Kind.BYTE.value]:
+  byte = Kind.BYTE.value
+  for id in [id for id, number in enumerate(numbers) if number == byte]:
     if byte_level or not BYTE_TEXT.fullmatch(texts[id]):
       raise TokenizerError(
         f"{_PREFIX}tokens[{id}] is {texts[id][:80]!r} and of type 6 (a byte); expected '<0x00>' to "
         f"'<0xFF>' in a 'llama' vocabulary. {_HELP}"
       )
-  kinds = [_KINDS[number] for number in numbers]
+  kinds = list(map(_KINDS.__getitem__, numbers))
   for id in [id for id, text in enumerate(texts) if text in ENDS]:
     kinds[id] = Kind.CONTROL
   return kinds
