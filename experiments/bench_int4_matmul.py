@@ -288,20 +288,27 @@ def table(records: list[dict[str, Any]]) -> list[list[str]]:
   return rows
 
 
+# A line's style says what computes, its colour what is computed with.
+_STYLES = {"cpu": "o-", "ggml": "s:", "xla": "v--", "f32": "x-", "bf16": "x-", "scalar": "x-"}
+
+
 def plot(records: list[dict[str, Any]], path: str) -> None:
-  """Achieved GOPS against M, a panel for each shape, with the int8 peak."""
-  shapes = list(dict.fromkeys(r["shape"] for r in records))
-  with plots.figure(path, len(shapes), width=4) as every:
-    for axes, shape in zip(every, shapes, strict=True):
+  """Achieved GOPS against M, a panel for each shape of a model, with the int8 peak."""
+  shapes = list(dict.fromkeys(r["shape"] for r in records if r["shape"] != "gemm32"))
+  formats = list(dict.fromkeys(r["format"] for r in records))
+  with plots.figure(path, max(1, len(shapes)), width=5) as every:
+    for axes, shape in zip(every, shapes, strict=False):
       mine = [r for r in records if r["shape"] == shape]
       for line in dict.fromkeys((r["implementation"], r["format"]) for r in mine):
         points = [r for r in mine if (r["implementation"], r["format"]) == line]
-        label = " ".join(dict.fromkeys(line))
-        axes.loglog([r["m"] for r in points], [r["gops"] for r in points], "o-", label=label)
+        style = {"label": " ".join(dict.fromkeys(line)), "color": f"C{formats.index(line[1])}"}
+        x, y = ([r[name] for r in points] for name in ("m", "gops"))
+        axes.loglog(x, y, _STYLES.get(line[0], "o--"), markersize=4, **style)
       peak = statistics.median(r["peak_gops"] for r in mine)
       axes.axhline(peak, color="black", linestyle="--", label="int8 peak")
       axes.set(title=f"{shape} {mine[0]['n']} x {mine[0]['k']}", xlabel="M", ylabel="GOPS")
-    every[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1))
+    if shapes:
+      every[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1))
 
 
 def _gemm32(records: list[dict[str, Any]], implementation: str) -> float | None:
