@@ -338,7 +338,7 @@ def quick() -> list[Config]:
   """The product of the reference table, and one matrix of a 1B model."""
   return [
     Config(
-      shapes=("gemm32", "llama1b.gate"), m=(1, 8, 512), formats=("q4_k", "q4_0"), reps=5,
+      shapes=("gemm32", "llama1b.gate"), m=(1, 8, 512), formats=("q4_k", "q4_0"), reps=3,
       implementations=("cpu", "xla", "f32", "scalar"),
     )
   ]  # fmt: skip
