@@ -36,6 +36,8 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name, value in options.items():
       patch.setenv(name.upper(), str(value))
       jax.config.update(name, value)
+    # Commands that run in this process would leave it behind, and every compilation pay for it.
+    patch.setattr("q4jax.cli.memory._trim", None)
     yield
 
 

@@ -5,6 +5,7 @@ are only read from the cache. Where the C library is another, nothing is done.
 """
 
 import ctypes
+import functools
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
@@ -15,6 +16,7 @@ def give_back() -> None:
     _trim(0)
 
 
+@functools.cache  # JAX calls what is registered twice twice.
 def give_back_after_compiling() -> None:
   """What is free each time a program has been compiled, or read from the cache, from now on."""
   import jax
