@@ -102,7 +102,7 @@ def _byte_level(
     )
   pre = PRE_TOKENIZERS[name]
   ids = plain_ids(texts, kinds)
-  pairs = [tuple(merge.split(" ", 1)) for merge in _strings(metadata, "merges")]
+  pairs = [merge.partition(" ")[::2] for merge in _strings(metadata, "merges")]
   try:
     merges = plain_merges(pairs, ids, set(texts))
   except TokenizerError as e:
