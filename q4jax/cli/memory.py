@@ -6,8 +6,10 @@ are only read from the cache. Where the C library is another, nothing is done.
 
 import ctypes
 import functools
+import os
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+# Windows opens no library without a name.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def give_back() -> None:

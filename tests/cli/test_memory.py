@@ -1,5 +1,9 @@
 """What has been freed is given back when a program has been compiled, or found in the cache."""
 
+import ctypes
+import os
+import runpy
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -21,6 +25,11 @@ def test_after_every_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
   assert len(times) == before + 1
 
 
-def test_another_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(memory, "_trim", None)
-  memory.give_back()
+@pytest.mark.parametrize("system", ["posix", "nt"])
+def test_without_glibc_nothing_is_done(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+  opened: list[object] = []
+  monkeypatch.setattr(os, "name", system)
+  monkeypatch.setattr(ctypes, "CDLL", opened.append)
+  found = runpy.run_path(memory.__file__)
+  assert found["_trim"] is None and len(opened) == (system == "posix")
+  found["give_back"]()

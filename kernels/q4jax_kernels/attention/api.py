@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def causal_attention(
     ValueError: an unknown implementation.
     NotImplementedError: the named implementation does not take these heads or types.
   """
-  _check(implementation, but="cpu")
+  _check(implementation, [name for name in IMPLEMENTATIONS if name != "cpu"])
   if implementation == "reference" or (implementation is None and q.dtype == jnp.float32):
     return reference.causal_attention(q, k, v)
   kernels = _kernels(q.shape, kernel.padded(k.shape[1]), q.dtype, implementation)
@@ -164,8 +164,7 @@ def window_attention(
     ValueError: an unknown implementation.
     NotImplementedError: "cpu" does not take keys of this type, or the library is not here.
   """
-  if implementation not in (None, "reference", "cpu"):
-    raise ValueError(f"implementation '{implementation}' is not one of reference, cpu.")
+  _check(implementation, ("reference", "cpu"))
   native = _native(k)
   if implementation == "cpu":
     if not native:
@@ -184,8 +183,7 @@ def _native(keys: jax.Array) -> bool:
   return keys.dtype in (jnp.float16, jnp.float32) and ffi.available()
 
 
-def _check(implementation: str | None, but: str | None = None) -> None:
-  names = [name for name in IMPLEMENTATIONS if name != but]
+def _check(implementation: str | None, names: Sequence[str] = IMPLEMENTATIONS) -> None:
   if implementation not in (None, *names):
     raise ValueError(f"implementation '{implementation}' is not one of {', '.join(names)}.")
 
