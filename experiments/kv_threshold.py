@@ -250,8 +250,8 @@ CLAIMS = (
       f"eviction at q = .75: speed at {depth}", claimed, "x",
       "int4 blocks with keep 0.6 (snapkv) over the same without eviction, tok/s",
       _speed(depth),
-      "attention over int4 is the smaller part of such a step (docs/kv.md), so that evicting 40% of "
-      "its tokens saves less than 40% of that part",
+      "attention over int4 is the smaller part of such a step (docs/kv.md), so that evicting 40% "
+      "of the tokens saves at most 40% of that part",
     )
     for depth, claimed in ((4096, 1.39), (8192, 1.51))
   ),
