@@ -199,7 +199,7 @@ class _Weights:
   def _mapped(self, tensor: Tensor) -> BlockArray | None:
     """The tiles of a file that has them, where they lie in it; None if it does not."""
     source = self.source
-    if not isinstance(source, QbinCheckpoint) or source.places[tensor.name].layout != "x16":
+    if not isinstance(source, QbinCheckpoint) or not source.places[tensor.name].mappable:
       return None
     # On pages of their own, so aligned: JAX takes the mapped memory as it is, and keeps it mapped.
     data = jax.device_put(source.stored(tensor.name), self.device)

@@ -44,6 +44,25 @@ def test_tiny_answers_bit_for_bit_the_same(
   assert model.metadata == expected.metadata and model.nbytes == expected.nbytes
 
 
+def test_tiles_of_an_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Tiles whose 5- and 6-bit codes lie as in a GGUF are read, though not where they lie."""
+  formats = ["q5_k", "q6_k", "q4_k"]
+  spec = ModelSpec(
+    d_model=256, d_ffn=512, heads=4, head_dim=64, type=lambda name: formats[len(name) % 3]
+  )
+  gguf = write(tmp_path / "a.gguf", spec)
+  with monkeypatch.context() as old:
+    old.setattr("q4jax.formats.qbin_header.CODES", {})
+    old.setattr("q4jax_kernels.code_words.CODES", {})
+    path = qbin_of(gguf, tmp_path / "a.qbin")
+  with QbinCheckpoint.open(path) as checkpoint:
+    places = list(checkpoint.places.values())
+    assert {p.layout for p in places} == {"rows", "x16"}
+    assert {p.tensor.format for p in places if p.mappable} >= {"q4_k"}
+    assert {p.tensor.format for p in places if p.tiled and not p.mappable} == {"q5_k", "q6_k"}
+  assert np.array_equal(load(path).logits(TOKENS), load(gguf).logits(TOKENS))
+
+
 @pytest.mark.parametrize("layout", ["planes", "row_planes"])
 def test_other_devices_layouts(
   layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +85,7 @@ def test_weights_are_the_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
   """Every matrix, of every kind, lies where the file is mapped: no byte of it was copied."""
   if not ffi.available():
     pytest.skip("without the native library no layout is the file's")
-  formats = ["q4_k", "q6_k", "f16", "bf16", "f32", "q8_0"]
+  formats = ["q4_k", "q5_k", "q6_k", "f16", "bf16", "f32", "q8_0"]
   spec = ModelSpec(
     d_model=256, d_ffn=512, heads=4, head_dim=64, tied=False,
     type=lambda name: formats[sum(name.encode()) % len(formats)],
@@ -78,7 +97,7 @@ def test_weights_are_the_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
   found = {leaf.data.unsafe_buffer_pointer(): leaf for leaf in blocks(path)}
   (checkpoint,) = opened
   first = np.frombuffer(checkpoint._mapping, np.uint8, 1).ctypes.data
-  places = [p for p in checkpoint.places.values() if p.layout == "x16"]
+  places = [p for p in checkpoint.places.values() if p.tiled]
   assert {first + place.offset for place in places} == set(found)
   for place in places:
     leaf = found[first + place.offset]

@@ -6,7 +6,7 @@
 // 4i .. 4i+3 of group g of sixteen rows. Scales come in two kinds:
 //   integer:  w = D(p) * Scale<g>(p) * (code - offset) - DMin(p) * Min<g>(p), Scale and Min bytes
 //             (Scale signed where signed_scale says so), so that a block is summed in integers;
-//   else:     w = s[g] * (code - offset) - m[g], from Scales(p, s, m).
+//   else:     w = Scale<g>(p) * (code - offset) - Min<g>(p), in floats.
 // offset and minimum are never both used.
 // A unit is the groups whose codes share their bytes: Group(u, s) is the s-th of unit u.
 // Source: ggml's quantisation structs (ggml-common.h) as documented in docs/formats/gguf.md.
@@ -49,7 +49,8 @@ struct Q4_0 : Base {
   static constexpr int block = 32, group = 32, bytes = 18, bits = 4, offset = 8;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Nibble(Word(p + 32, i & 3), i >= 4); }
-  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+  template <int g>
+  static Q4_INLINE F Scale(const uint8_t* p) { return Simd::LoadHalf(p); }
 };
 
 struct Q4_1 : Base {
@@ -57,10 +58,10 @@ struct Q4_1 : Base {
   static constexpr bool has_min = true;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Nibble(Word(p + 64, i & 3), i >= 4); }
-  static void Scales(const uint8_t* p, F* s, F* m) {
-    s[0] = Simd::LoadHalf(p);
-    m[0] = Simd::Mul(Simd::LoadHalf(p + 32), Simd::Set(-1.0f));  // The file adds its m.
-  }
+  template <int g>
+  static Q4_INLINE F Scale(const uint8_t* p) { return Simd::LoadHalf(p); }
+  template <int g>  // The file adds its m.
+  static Q4_INLINE F Min(const uint8_t* p) { return Simd::Mul(Simd::LoadHalf(p + 32), Simd::Set(-1.0f)); }
 };
 
 // Bits 4i .. 4i+3 of a 32-bit mask, one in bit 4 of each byte.
@@ -75,7 +76,8 @@ struct Q5_0 : Base {
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     return Simd::Or(Nibble(Word(p + 96, i & 3), i >= 4), FifthBits(p + 32, i));
   }
-  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+  template <int g>
+  static Q4_INLINE F Scale(const uint8_t* p) { return Simd::LoadHalf(p); }
 };
 
 struct Q5_1 : Base {
@@ -85,14 +87,18 @@ struct Q5_1 : Base {
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     return Simd::Or(Nibble(Word(p + 128, i & 3), i >= 4), FifthBits(p + 64, i));
   }
-  static void Scales(const uint8_t* p, F* s, F* m) { Q4_1::Scales(p, s, m); }
+  template <int g>
+  static Q4_INLINE F Scale(const uint8_t* p) { return Q4_1::Scale<g>(p); }
+  template <int g>
+  static Q4_INLINE F Min(const uint8_t* p) { return Q4_1::Min<g>(p); }
 };
 
 struct Q8_0 : Base {
   static constexpr int block = 32, group = 32, bytes = 34, bits = 8, offset = 128;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Simd::Xor(Word(p + 32, i), Mask(128)); }
-  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+  template <int g>
+  static Q4_INLINE F Scale(const uint8_t* p) { return Simd::LoadHalf(p); }
 };
 
 // The non-linear 4-bit grid, as unsigned bytes (value + 128).
@@ -103,7 +109,8 @@ struct IQ4_NL : Base {
   static constexpr int block = 32, group = 32, bytes = 18, bits = 8, offset = 128;
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) { return Simd::Lookup(Q4_0::Codes<0>(p, i), kIq4Grid); }
-  static void Scales(const uint8_t* p, F* s, F*) { s[0] = Simd::LoadHalf(p); }
+  template <int g>
+  static Q4_INLINE F Scale(const uint8_t* p) { return Simd::LoadHalf(p); }
 };
 
 // ---- 256 weights a block.
@@ -156,30 +163,38 @@ struct Q4_K : IntegerBase {  // d, dmin, scales[12], qs[128]
   static Q4_INLINE B Min(const uint8_t* p) { return SixBitMin<g>(p + 64); }
 };
 
-struct Q5_K : Q4_K {  // d, dmin, scales[12], qh[32], qs[128]
+// Codes of 5 and 6 bits lie in words of their own order (code_words.py): as many as fit, each in the low
+// bits of a byte, and what remains of the byte holds a part of another code.
+
+// x shifted right, of which `mask` is kept in each byte.
+Q4_INLINE I Part(I x, int right, uint32_t mask) { return Simd::And(Simd::Shr(x, right), Mask(mask)); }
+
+struct Q5_K : Q4_K {  // d, dmin, scales[12], then five words for each group's eight
   static constexpr int bytes = 176, bits = 5;
+  static constexpr int unit = 1;
+  static constexpr int Group(int u, int s) { return u + s; }
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
-    const I word = Word(p + 256, i);  // Bit g of each byte goes to bit 4.
-    const I high = Simd::And(g < 4 ? Simd::Shl(word, 4 - g) : Simd::Shr(word, g - 4), Mask(16));
-    return Simd::Or(Nibble(Word(p + 768, (g / 2) * 8 + i), g & 1), high);
+    const uint8_t* words = p + 256 + 320 * g;
+    if (i < 5) return Simd::And(Word(words, i), Mask(31));
+    const I low = Part(Word(words, i - 5), 5, 7);
+    if (i < 7) return Simd::Or(low, Part(Word(words, i - 2), 2, 24));
+    return Simd::Or(low, Simd::Or(Part(Word(words, 3), 4, 8), Part(Word(words, 4), 3, 16)));
   }
 };
 
-// d, scales[16], then for each unit and each four of its weights: the word of qh that its groups
-// share, the word of ql for its first and third group, that for the others. Not in the file's order:
-// read so, a block comes from memory front to back.
+// d, scales[16], then for each unit and each four of its weights three words, which hold four groups'.
 struct Q6_K : QuartersBase {
   static constexpr bool signed_scale = true;
   static constexpr int block = 256, group = 16, bytes = 210, bits = 6, offset = 32;
+  // The group that needs every word comes first: the processor then waits for all of them at once.
+  static constexpr int Group(int u, int s) { return QuartersBase::Group(u, (s + 3) % 4); }
   template <int g>
   static Q4_INLINE I Codes(const uint8_t* p, int i) {
     constexpr int half = g / 8, quarter = (g / 2) & 3;
     const uint8_t* words = p + 288 + 768 * (2 * half + (g & 1)) + 192 * i;
-    const I low = Nibble(Word(words, 1 + (quarter & 1)), quarter >= 2);
-    const I word = Word(words, 0);  // Bits 2 * quarter of each byte go to bit 4.
-    const I high = quarter < 2 ? Simd::Shl(word, 4 - 2 * quarter) : Simd::Shr(word, 2 * quarter - 4);
-    return Simd::Or(low, Simd::And(high, Mask(48)));
+    if (quarter < 3) return Simd::And(Word(words, quarter), Mask(63));
+    return Simd::Or(Part(Word(words, 0), 2, 48), Simd::Or(Part(Word(words, 1), 4, 12), Part(Word(words, 2), 6, 3)));
   }
   static Q4_INLINE F D(const uint8_t* p) { return Simd::LoadHalf(p); }
   template <int g>
@@ -239,16 +254,13 @@ struct Grouped : Base {
     const int l = first % (2 * run) + 4 * i;
     return Nibble(Word(codes, l % run / 4), l >= run);
   }
-  static Q4_INLINE F Factor(const uint8_t* p, int g) {
-    const int at = g * group / kGroup;
+  template <int g>
+  static Q4_INLINE F Scale(const uint8_t* p) {
+    constexpr int at = g * group / kGroup;
     return kWideScales ? Simd::Load((const float*)(p + 64 * at)) : Simd::LoadHalf(p + 32 * at);
   }
-  static void Scales(const uint8_t* p, F* s, F* m) {
-    for (int g = 0; g < block / group; g++) {
-      s[g] = Factor(p, g);
-      if (kHasMin) m[g] = Factor(p + format.scale_bytes() * q4::kRows, g);
-    }
-  }
+  template <int g>
+  static Q4_INLINE F Min(const uint8_t* p) { return Scale<g>(p + format.scale_bytes() * q4::kRows); }
 };
 
 // ---- Floats: no codes; Value gives weight k of sixteen rows.

@@ -69,23 +69,25 @@ int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_th
 
 // x rounded to signed bytes in blocks of 32 or 256, in memory that is kept between calls.
 struct Activations {
+  int64_t rows = 0;
   std::vector<int8_t> q;
   std::vector<float> d, dsum;
   std::vector<int16_t> sum8, sum16, sum32;
 
-  void Resize(int64_t M, int64_t K) {
-    q.resize(M * K), d.resize(M * (K / 32)), dsum.resize(M * (K / 32));
-    sum16.resize(M * (K / 16)), sum32.resize(M * (K / 32));
+  void Resize(int64_t num_rows, int64_t K) {
+    rows = num_rows;
+    q.resize(rows * K), d.resize(rows * (K / 32)), dsum.resize(rows * (K / 32));
+    sum16.resize(rows * (K / 16)), sum32.resize(rows * (K / 32));
   }
-  void SumsOf8(int64_t M, int64_t K) {
-    sum8.resize(M * (K / 8));
-    for (int64_t g = 0; g < M * (K / 8); g++) {
+  void SumsOf8(int64_t K) {
+    sum8.resize(rows * (K / 8));
+    for (int64_t g = 0; g < rows * (K / 8); g++) {
       int sum = 0;
       for (int j = 0; j < 8; j++) sum += q[8 * g + j];
       sum8[g] = (int16_t)sum;
     }
   }
-  QuantizedX View() { return {q.data(), d.data(), dsum.data(), sum8.data(), sum16.data(), sum32.data()}; }
+  QuantizedX View() { return {rows, q.data(), d.data(), dsum.data(), sum8.data(), sum16.data(), sum32.data()}; }
 };
 
 ffi::Error CheckWeight(const ffi::Buffer<ffi::U8>& w, int64_t format, int64_t K, int64_t N) {
@@ -134,16 +136,19 @@ ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remain
   static thread_local std::vector<float> half;  // x rounded to float16, for weights of float16.
   std::vector<float>& x16 = half;
   if (need16) x16.resize(M * K);
-  if (need32) a32.Resize(M, K);
-  if (need256) a256.Resize(M, K);
+  int64_t rows = M;
+  if (M <= kernels->direct_rows)
+    for (rows = 1; rows < M;) rows *= 2;
+  if (need32) a32.Resize(rows, K);
+  if (need256) a256.Resize(rows, K);
   if (need16 || need32 || need256) {
     ParallelFor(pool, M * K >= 65536 ? threads : 1, M, [&](int64_t m) {
       if (need16) std::transform(x.typed_data() + m * K, x.typed_data() + (m + 1) * K, &x16[m * K], RoundToHalf);
-      if (need32) kernels->quantize(x.typed_data() + m * K, K, 32, m, M, a32.View());
-      if (need256) kernels->quantize(x.typed_data() + m * K, K, 256, m, M, a256.View());
+      if (need32) kernels->quantize(x.typed_data() + m * K, K, 32, m, a32.View());
+      if (need256) kernels->quantize(x.typed_data() + m * K, K, 256, m, a256.View());
     });
   }
-  if (need8) a32.SumsOf8(M, K);  // Their blocks have 32 weights.
+  if (need8) a32.SumsOf8(K);  // Their blocks have 32 weights.
 
   // Cut all outputs into pieces of about equal bytes, several for each thread, so that a thread
   // that is held up leaves its share to the others.
@@ -426,22 +431,6 @@ ffi::Error PagedAttentionImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi
   return ffi::Error::Success();
 }
 
-struct Piece { int64_t offset, tile_offset, size; };
-
-template <int word>
-void InterleavePiece(const uint8_t* in, uint8_t* out, int64_t blocks, int64_t block_bytes, Piece piece, bool reverse) {
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t tile = (b * block_bytes + piece.tile_offset) * kRows;
-    for (int64_t row = 0; row < kRows; row++) {
-      const int64_t plain = (row * blocks + b) * block_bytes + piece.offset;
-      for (int64_t at = 0; at < piece.size; at += word) {
-        const int64_t p = plain + at, t = tile + at * kRows + row * word;
-        reverse ? memcpy(out + p, in + t, word) : memcpy(out + t, in + p, word);
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace q4
 
@@ -532,24 +521,6 @@ extern "C" {
 const char* q4jax_isa_name(int64_t isa) {
   const q4::Kernels* kernels = q4::Select(isa);
   return kernels ? kernels->name : nullptr;
-}
-
-// Interleaves (or, with `reverse`, separates) 16 rows of `blocks` blocks each. The pieces {offset in
-// a block, size, word} follow each other in the tile; each is cut into words, and word w of the 16
-// rows lies side by side.
-void q4jax_interleave(const uint8_t* in, uint8_t* out, int64_t blocks, int64_t num_pieces, const int64_t* pieces,
-                      bool reverse) {
-  int64_t block_bytes = 0, tile_offset = 0;
-  for (int64_t i = 0; i < num_pieces; i++) block_bytes += pieces[3 * i + 1];
-  for (int64_t i = 0; i < num_pieces; i++) {
-    const q4::Piece piece{pieces[3 * i], tile_offset, pieces[3 * i + 1]};
-    switch (pieces[3 * i + 2]) {
-      case 1: q4::InterleavePiece<1>(in, out, blocks, block_bytes, piece, reverse); break;
-      case 2: q4::InterleavePiece<2>(in, out, blocks, block_bytes, piece, reverse); break;
-      default: q4::InterleavePiece<4>(in, out, blocks, block_bytes, piece, reverse);
-    }
-    tile_offset += piece.size;
-  }
 }
 
 }  // extern "C"

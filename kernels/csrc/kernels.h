@@ -30,12 +30,14 @@ constexpr GroupwiseFormat Groupwise(int format) {
 
 constexpr int kRows = 16;  // Rows side by side in the x16 layout.
 
-// M rows of x as signed bytes, x = d * q, in blocks of 32 or 256. Everything of one block position
-// lies together, row after row: q[(k / block * M + m) * block + k % block], d[k / block * M + m], and
-// so on; what a kernel reads for a few rows is contiguous. The sums of q over 8, 16 and 32 weights
+// Rows of x as signed bytes, x = d * q, in blocks of 32 or 256. Everything of one block position lies
+// together, row after row: q[(k / block * rows + m) * block + k % block], d[k / block * rows + m], and
+// so on; what a kernel reads for a few rows is contiguous. Up to direct_rows (see Kernels) there is room
+// for a power of two of them; what lies in the rows past M is multiplied and dropped. The sums of q over 8, 16 and 32 weights
 // fold the weights' offsets and minimums. In blocks of 32, d and dsum = d * sum32 are float16's
 // nearest (see Quantize).
 struct QuantizedX {
+  int64_t rows;
   int8_t* q;
   float *d, *dsum;  // dsum only in blocks of 32
   int16_t *sum8, *sum16, *sum32;  // sum8 only where a weight has groups of 8
@@ -97,8 +99,9 @@ struct Blocks {
 
 struct Kernels {
   const char* name;
+  int64_t direct_rows;  // Up to as many rows of x are multiplied with weights as they lie.
   // Quantises row m of x, K floats, in blocks of 32 or 256.
-  void (*quantize)(const float* x, int64_t K, int block, int64_t m, int64_t M, const QuantizedX& out);
+  void (*quantize)(const float* x, int64_t K, int block, int64_t m, const QuantizedX& out);
   // Tiles [begin, end) of 16 output rows.
   void (*matmul[kNumFormats])(const Matmul& a, int64_t begin, int64_t end);
   // The same without rounding x.

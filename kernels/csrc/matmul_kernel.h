@@ -15,9 +15,8 @@ using q4::Matmul;
 
 // Rows of x per sweep over K: their partial sums stay in L1.
 constexpr int kSweepRows = 128;
-// Tiles that a thread reads side by side for few rows of x. Memory gives one stream of addresses
-// less than several: the hardware's prefetch ends with each page and starts anew.
-constexpr int kStreams = 4;
+// Tiles that a thread reads side by side for few rows of x (docs/adr/0009, 0014).
+constexpr int kStreams = Simd::kStreams;
 
 inline int32_t Load4(const void* p) {
   int32_t v;
@@ -54,53 +53,68 @@ Q4_INLINE void Unroll(const Body& body) {
   }
 }
 
-// The scales of one block of sixteen rows, ready to multiply.
-template <class S, bool integer = S::integer>
-struct Scales {
-  F s[kGroups<S>], m[kGroups<S>];
-};
-
-template <class S>
-struct Scales<S, true> {
-  F d, dmin;
-  I scale[kGroups<S>];     // as AddScaled takes them
-  I pair[kGroups<S> / 2];  // the minimums, or offset * scale, of two groups
-};
-
+// A block of sixteen rows whose codes and scales are read where they lie, for few rows of x: each
+// group's shifts and addresses are constants.
 template <class Fmt>
-Q4_INLINE void LoadScales(const uint8_t* p, Scales<ShapeOf<Fmt>>& out) {
-  if constexpr (!Fmt::integer) {
-    Fmt::Scales(p, out.s, out.m);
-  } else {
-    out.d = Fmt::D(p);
-    if constexpr (Fmt::has_min) out.dmin = Fmt::DMin(p);
-    Unroll<kGroups<Fmt> / 2>([&](auto index) Q4_LAMBDA {
-      constexpr int g = 2 * index.value;
-      const B a = Fmt::template Scale<g>(p), b = Fmt::template Scale<g + 1>(p);
-      out.scale[g] = Simd::template Multiplier<Fmt::signed_scale>(a);
-      out.scale[g + 1] = Simd::template Multiplier<Fmt::signed_scale>(b);
-      if constexpr (Fmt::has_min) {
-        out.pair[g / 2] = Simd::template Pair<false, 0>(Fmt::template Min<g>(p), Fmt::template Min<g + 1>(p));
-      } else {  // The offsets are powers of two.
-        out.pair[g / 2] = Simd::template Pair<true, __builtin_ctz(Fmt::offset)>(a, b);
-      }
-    });
-  }
-}
-
-// A block whose codes are read where they lie, for few rows of x: each group's shifts and addresses
-// are constants.
-template <class Fmt>
-struct Direct : Scales<ShapeOf<Fmt>> {
+struct Direct {
   using Shape = ShapeOf<Fmt>;
   const uint8_t* p;
   template <class G, int plane>
   Q4_INLINE I Codes(G, Int<plane>, int i) const {
     return Simd::template Plane<Fmt::bits, plane>(Fmt::template Codes<G::value>(p, i));
   }
+  // As AddScaled takes it, or in floats.
+  template <class G>
+  Q4_INLINE auto Scale(G) const {
+    if constexpr (Fmt::integer) return Simd::template Multiplier<Fmt::signed_scale>(Fmt::template Scale<G::value>(p));
+    else return Fmt::template Scale<G::value>(p);
+  }
+  template <class G>
+  Q4_INLINE F Min(G) const { return Fmt::template Min<G::value>(p); }
+  // The minimums, or offset * scale, of groups 2j and 2j + 1.
+  template <class J>
+  Q4_INLINE I Pair(J) const {
+    constexpr int a = 2 * J::value, b = a + 1;
+    if constexpr (Fmt::has_min) return Simd::template Pair<false, 0>(Fmt::template Min<a>(p), Fmt::template Min<b>(p));
+    else return Simd::template Pair<true, __builtin_ctz(Fmt::offset)>(Fmt::template Scale<a>(p), Fmt::template Scale<b>(p));
+  }
+  Q4_INLINE F D() const { return Fmt::D(p); }
+  Q4_INLINE F DMin() const { return Fmt::DMin(p); }
 };
 
-// The same, its codes unpacked once for many rows, in short loops.
+// The scales of one block, ready to multiply.
+template <class S, bool integer = S::integer>
+struct Scales {
+  F scale[kGroups<S>], min[kGroups<S>];
+  Q4_INLINE F Scale(int g) const { return scale[g]; }
+  Q4_INLINE F Min(int g) const { return min[g]; }
+};
+
+template <class S>
+struct Scales<S, true> {
+  F d, dmin;
+  I scale[kGroups<S>], pair[kGroups<S> / 2];
+  Q4_INLINE I Scale(int g) const { return scale[g]; }
+  Q4_INLINE I Pair(int j) const { return pair[j]; }
+  Q4_INLINE F D() const { return d; }
+  Q4_INLINE F DMin() const { return dmin; }
+};
+
+template <class Fmt>
+Q4_INLINE void LoadScales(const Direct<Fmt>& from, Scales<ShapeOf<Fmt>>& out) {
+  Unroll<kGroups<Fmt>>([&](auto g) Q4_LAMBDA {
+    out.scale[g] = from.Scale(g);
+    if constexpr (Fmt::integer) {
+      if constexpr (g.value % 2 == 0) out.pair[g / 2] = from.Pair(Int<g.value / 2>());
+    } else if constexpr (Fmt::has_min) {
+      out.min[g] = from.Min(g);
+    }
+  });
+  if constexpr (Fmt::integer) out.d = from.D();
+  if constexpr (Fmt::integer && Fmt::has_min) out.dmin = from.DMin();
+}
+
+// A block unpacked once for many rows, in short loops.
 template <class S>
 struct Unpacked : Scales<S> {
   using Shape = S;
@@ -113,7 +127,7 @@ struct Unpacked : Scales<S> {
 
 template <class Fmt>
 void Unpack(const uint8_t* p, Unpacked<ShapeOf<Fmt>>& out) {
-  LoadScales<Fmt>(p, out);
+  LoadScales(Direct<Fmt>{p}, out);
   Unroll<kGroups<Fmt>>([&](auto g) Q4_LAMBDA {
 #pragma GCC unroll 8
     for (int i = 0; i < Fmt::group / 4; i++) {
@@ -152,7 +166,7 @@ struct RowsOfX {
 };
 template <class S>
 Q4_INLINE RowsOfX XOfBlock(const Matmul& a, int64_t m0, int64_t kb) {
-  const int64_t row = kb * a.M + m0;
+  const int64_t row = kb * a.qx.rows + m0;
   const int16_t* sums = S::group == 8 ? a.qx.sum8 : S::group == 16 ? a.qx.sum16 : a.qx.sum32;
   return {a.qx.q + row * S::block, a.qx.d + row, a.qx.dsum + row, sums + row * kGroups<S>};
 }
@@ -180,7 +194,7 @@ Q4_INLINE void AddGroup(const RowsOfX& x, const Block& w, G g, Sums<R, S::intege
   if constexpr (S::integer) {
     chains([](int) Q4_LAMBDA { return Simd::ISet(0); },
            [&](int r, auto plane, I sum) Q4_LAMBDA {
-             out.sum[r] = Simd::template AddScaled<plane.value>(out.sum[r], sum, w.scale[g]);
+             out.sum[r] = Simd::template AddScaled<plane.value>(out.sum[r], sum, w.Scale(g));
            });
   } else {
     I dot[R];
@@ -188,33 +202,33 @@ Q4_INLINE void AddGroup(const RowsOfX& x, const Block& w, G g, Sums<R, S::intege
     chains([&](int r) Q4_LAMBDA { return Simd::Begin(dot[r]); },
            [&](int r, auto plane, I sum) Q4_LAMBDA { dot[r] = Simd::template End<plane.value>(dot[r], sum); });
     Rows<R>([&](int r) Q4_LAMBDA {
-      out.sum[r] = Simd::Fma(Simd::ToFloat(dot[r]), w.s[g], out.sum[r]);
+      out.sum[r] = Simd::Fma(Simd::ToFloat(dot[r]), w.Scale(g), out.sum[r]);
       if constexpr (S::has_min && S::group < S::block)
-        out.sum[r] = Simd::Fma(w.m[g], Simd::Set((float)-x.sums[r * groups + g]), out.sum[r]);
+        out.sum[r] = Simd::Fma(w.Min(g), Simd::Set((float)-x.sums[r * groups + g]), out.sum[r]);
     });
   }
 }
 
 // total[r] += the block whose groups are summed.
-template <int R, class S>
-Q4_INLINE void AddBlock(const RowsOfX& x, const Scales<S>& w, const Sums<R, S::integer>& block, F* total) {
+template <int R, class Block, class S = typename Block::Shape>
+Q4_INLINE void AddBlock(const RowsOfX& x, const Block& w, const Sums<R, S::integer>& block, F* total) {
   Rows<R>([&](int r) Q4_LAMBDA {
     if constexpr (S::integer) {
       I low = Simd::ISet(0);
       Unroll<kGroups<S> / 2>([&](auto j) Q4_LAMBDA {
-        low = Simd::AddPairs(low, w.pair[j], Load4(x.sums + r * kGroups<S> + 2 * j));
+        low = Simd::AddPairs(low, w.Pair(j), Load4(x.sums + r * kGroups<S> + 2 * j));
       });
-      const F scale = Simd::Mul(w.d, Simd::Set(x.d[r]));
+      const F scale = Simd::Mul(w.D(), Simd::Set(x.d[r]));
       if constexpr (S::has_min) {
         total[r] = Simd::Fma(Simd::ToFloat(block.sum[r]), scale, total[r]);
-        total[r] = Simd::Fma(Simd::ToFloat(low), Simd::Mul(w.dmin, Simd::Set(-x.d[r])), total[r]);
+        total[r] = Simd::Fma(Simd::ToFloat(low), Simd::Mul(w.DMin(), Simd::Set(-x.d[r])), total[r]);
       } else {
         total[r] = Simd::Fma(Simd::ToFloat(Simd::SubI(block.sum[r], low)), scale, total[r]);
       }
     } else {
       total[r] = Simd::Fma(block.sum[r], Simd::Set(x.d[r]), total[r]);
       if constexpr (S::has_min && S::group == S::block)
-        total[r] = Simd::Fma(w.m[0], Simd::Set(-x.dsum[r]), total[r]);
+        total[r] = Simd::Fma(w.Min(Int<0>()), Simd::Set(-x.dsum[r]), total[r]);
     }
   });
 }
@@ -248,36 +262,47 @@ void Strips(const Matmul& a, const Unpacked<S>& w, int64_t m, int64_t end, int64
   }
 }
 
-// R rows of x times `count` <= kStreams tiles, which take turns unit by unit.
+// body(t) for each stream: short ones with their sums in registers, others as a loop over memory, whose
+// code stays that of one.
+template <class Fmt, class Body>
+Q4_INLINE void Turns(const Body& body) {
+  if constexpr (Fmt::block == 32) {
+    Rows<kStreams>(body);
+  } else {
+#pragma GCC unroll 1
+    for (int t = 0; t < kStreams; t++) body(t);
+  }
+}
+
+// R rows of x times `count` <= kStreams tiles, which take turns unit by unit. A stream without a tile of
+// its own follows the last one's, for nothing.
 template <class Fmt, int R>
 void DirectTiles(const Matmul& a, int64_t tile, int64_t count) {
   using S = ShapeOf<Fmt>;
   const int64_t blocks = a.K / Fmt::block, stride = blocks * Fmt::bytes * kRows;
-  const uint8_t* w = a.w + tile * stride;
+  Direct<Fmt> block[kStreams];
+  for (int t = 0; t < kStreams; t++) block[t].p = a.w + (tile + (t < count ? t : count - 1)) * stride;
   F total[kStreams][R];
   for (auto& t : total)
     for (auto& sum : t) sum = Simd::Zero();
-  Direct<Fmt> block[kStreams];
-  Sums<R, S::integer> sums[kStreams];
   for (int64_t kb = 0; kb < blocks; kb++) {
     const RowsOfX x = XOfBlock<S>(a, 0, kb);
-    for (int64_t t = 0; t < count; t++) {
-      block[t].p = w + t * stride + kb * Fmt::bytes * kRows;
-      LoadScales<Fmt>(block[t].p, block[t]);
-      sums[t].Clear();
-    }
+    Sums<R, S::integer> sums[kStreams];
+    for (auto& sum : sums) sum.Clear();
     Unroll<kGroups<Fmt> / Fmt::unit>([&](auto u) Q4_LAMBDA {
-#pragma GCC unroll 1
-      for (int64_t t = 0; t < count; t++) {
+      Turns<Fmt>([&](int t) Q4_LAMBDA {
         Sums<R, S::integer> sum = sums[t];
         Unroll<Fmt::unit>([&](auto s) Q4_LAMBDA { AddGroup<R>(x, block[t], Int<Fmt::Group(u.value, s.value)>(), sum); });
         sums[t] = sum;
-      }
+      });
     });
-    for (int64_t t = 0; t < count; t++) AddBlock<R, S>(x, block[t], sums[t], total[t]);
+    Turns<Fmt>([&](int t) Q4_LAMBDA {
+      AddBlock<R>(x, block[t], sums[t], total[t]);
+      block[t].p += Fmt::bytes * kRows;
+    });
   }
   for (int64_t t = 0; t < count; t++)
-    for (int r = 0; r < R; r++) StoreOutputs(a, r, tile + t, total[t][r]);
+    for (int r = 0; r < R && r < a.M; r++) StoreOutputs(a, r, tile + t, total[t][r]);
 }
 
 template <class Fmt>
@@ -300,16 +325,23 @@ void UnpackedTile(const Matmul& a, int64_t tile) {
   }
 }
 
+// All rows of x at once; a.qx.rows is a power of two up to R.
+template <class Fmt, int R>
+void DirectRows(const Matmul& a, int64_t tile, int64_t count) {
+  if constexpr (R > 1) {
+    if (a.qx.rows < R) return DirectRows<Fmt, R / 2>(a, tile, count);
+  }
+  DirectTiles<Fmt, R>(a, tile, count);
+}
+
 template <class Fmt>
 void QuantizedMatmul(const Matmul& a, int64_t begin, int64_t end) {
-  if (a.M > 2) {
+  if (a.M > Simd::kDirectRows) {
     for (int64_t tile = begin; tile < end; tile++) UnpackedTile<Fmt>(a, tile);
     return;
   }
-  for (int64_t tile = begin; tile < end; tile += kStreams) {
-    const int64_t count = end - tile < kStreams ? end - tile : kStreams;
-    a.M == 1 ? DirectTiles<Fmt, 1>(a, tile, count) : DirectTiles<Fmt, 2>(a, tile, count);
-  }
+  for (int64_t tile = begin; tile < end; tile += kStreams)
+    DirectRows<Fmt, Simd::kDirectRows>(a, tile, end - tile < kStreams ? end - tile : kStreams);
 }
 
 // Float weights: R rows of x times W consecutive tiles, k ascending, one FMA chain per output.
@@ -353,20 +385,22 @@ void FloatMatmul(const Matmul& a, int64_t begin, int64_t end) {
 // One block of sixteen rows as floats, out[k][row]: the weights that the file defines, to the bit.
 template <class Fmt>
 void Dequantize(const uint8_t* p, float* out) {
-  F s[kGroups<Fmt>], m[kGroups<Fmt>];
-  if constexpr (!Fmt::integer) Fmt::Scales(p, s, m);
   Unroll<kGroups<Fmt>>([&](auto g) {
+    F scale, min = Simd::Zero();
     if constexpr (Fmt::integer) {
-      s[g] = Simd::Mul(Fmt::D(p), Simd::ToFloat(Simd::template Widen<Fmt::signed_scale>(Fmt::template Scale<g.value>(p))));
+      scale = Simd::Mul(Fmt::D(p), Simd::ToFloat(Simd::template Widen<Fmt::signed_scale>(Fmt::template Scale<g.value>(p))));
       if constexpr (Fmt::has_min)
-        m[g] = Simd::Mul(Fmt::DMin(p), Simd::ToFloat(Simd::template Widen<false>(Fmt::template Min<g.value>(p))));
+        min = Simd::Mul(Fmt::DMin(p), Simd::ToFloat(Simd::template Widen<false>(Fmt::template Min<g.value>(p))));
+    } else {
+      scale = Fmt::template Scale<g.value>(p);
+      if constexpr (Fmt::has_min) min = Fmt::template Min<g.value>(p);
     }
     for (int i = 0; i < Fmt::group / 4; i++) {
       const I codes = Fmt::template Codes<g.value>(p, i);
       for (int j = 0; j < 4; j++, out += kRows) {
         const I code = Simd::And(Simd::Shr(codes, 8 * j), Simd::ISet(255));
-        F w = Simd::Mul(s[g], Simd::ToFloat(Simd::SubI(code, Simd::ISet(Fmt::offset))));
-        if constexpr (Fmt::has_min) w = Simd::Add(w, Simd::Mul(m[g], Simd::Set(-1.0f)));
+        F w = Simd::Mul(scale, Simd::ToFloat(Simd::SubI(code, Simd::ISet(Fmt::offset))));
+        if constexpr (Fmt::has_min) w = Simd::Add(w, Simd::Mul(min, Simd::Set(-1.0f)));
         Simd::Store(out, w);
       }
     }
@@ -411,10 +445,10 @@ void ExactMatmul(const Matmul& a, const q4::Blocks& f, int64_t begin, int64_t en
 
 // Blocks of 32 round their scale, and its product with their sum, to float16, as ggml's block_q8_0
 // and block_q8_1 do: in step with llama.cpp, at a cost far below that of 8-bit codes.
-void Quantize(const float* x, int64_t K, int block, int64_t m, int64_t M, const q4::QuantizedX& out) {
+void Quantize(const float* x, int64_t K, int block, int64_t m, const q4::QuantizedX& out) {
   for (int64_t b = 0; b < K / block; b++) {
     const float* xb = x + b * block;
-    const int64_t row = b * M + m;
+    const int64_t row = b * out.rows + m;
     float largest = 0.0f;
     bool finite = true;
     for (int i = 0; i < block; i++) {

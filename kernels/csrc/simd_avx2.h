@@ -16,6 +16,8 @@ struct Simd {
   template <int bits>
   static constexpr int kStrip = bits > 6 ? 4 : 6;
   static constexpr int kFloatStrip = 3;
+  // Tiles side by side (docs/adr/0009), and the most rows of x that meet weights as they lie.
+  static constexpr int kStreams = 4, kDirectRows = 2;
 
   static F Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F Set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

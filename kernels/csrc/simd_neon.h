@@ -17,6 +17,8 @@ struct Simd {
   template <int bits>
   static constexpr int kStrip = 4;
   static constexpr int kFloatStrip = 2;
+  // Tiles side by side, and the most rows of x that meet weights as they lie, as in simd_avx2.h.
+  static constexpr int kStreams = 4, kDirectRows = 2;
 
   static F Zero() { return Set(0.0f); }
   static F Set(float x) {

@@ -53,6 +53,8 @@ struct Simd {
   template <int bits>
   static constexpr int kStrip = 1;
   static constexpr int kFloatStrip = 1;
+  // Tiles side by side, and the most rows of x that meet weights as they lie, as in simd_avx2.h.
+  static constexpr int kStreams = 4, kDirectRows = 2;
 
   static F Zero() { return F{}; }
   static F Set(float x) { return x - F{}; }

@@ -16,6 +16,7 @@
   namespace q4 {                                                                                      \
   extern const Kernels variable = {                                                                   \
       label,                                                                                          \
+      Simd::kDirectRows,                                                                              \
       Quantize,                                                                                       \
       {FloatMatmul<F32>, FloatMatmul<F16>, FloatMatmul<BF16>, QuantizedMatmul<Q4_0>,                  \
        QuantizedMatmul<Q4_1>, QuantizedMatmul<Q5_0>, QuantizedMatmul<Q5_1>, QuantizedMatmul<Q8_0>,    \

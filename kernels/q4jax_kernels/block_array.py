@@ -6,17 +6,19 @@ Layouts of `data` (both uint8, both exact):
   rows  [N, row_bytes]             row after row, as in a GGUF file.
   x16   [ceil(N / 16), 16 * row_bytes]  sixteen rows side by side: within a block, each piece is cut
         into words and word w of the 16 rows is contiguous, so one vector load serves 16 outputs.
-        The pieces are the block's fields, in the order in which the kernels read them (PIECES).
-        Rows past N are zero. This is what the CPU kernels read.
+        The pieces are the block's fields, in the order in which the kernels read them (PIECES);
+        codes of 5 and 6 bits are packed anew (code_words.py). Rows past N are zero. This is what
+        the CPU kernels read.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from q4jax_kernels import ffi
+from q4jax_kernels import code_words, ffi
 from q4jax_kernels.block_formats import FORMATS
 from q4jax_kernels.q4_array import namespace
 from q4jax_kernels.q4_formats import Q4_FORMATS
@@ -120,7 +122,7 @@ class BlockArray:
       return self
     tiles, width = self.data.shape
     _, block_bytes = block_shape(self.format)
-    blocks = self.data.reshape(tiles, -1, ROWS * block_bytes)
+    blocks = _unpacked(self.data.reshape(tiles, -1, ROWS * block_bytes), self.format)
     parts, at = {}, 0
     for offset, size, word in PIECES[self.format]:
       part = blocks[..., at : at + ROWS * size].reshape(tiles, -1, size // word, ROWS, word)
@@ -148,13 +150,24 @@ class BlockArray:
     return dequantize_blocks(blocks, self.format).reshape(self.shape)
 
 
+def _unpacked(blocks: Any, format: str) -> Any:
+  """Tiles' blocks, uint8[..., 16 * block_bytes], with code_words.py's words as the file's."""
+  if format not in code_words.CODES:
+    return blocks
+  begin = ROWS * code_words.CODES[format][0]
+  lines = blocks[..., begin:].reshape(*blocks.shape[:-1], -1, 4 * ROWS)
+  words = code_words.unpack(lines, format).reshape(*blocks.shape[:-1], -1)
+  return namespace(blocks).concatenate([blocks[..., :begin], words], -1)
+
+
 def interleave_tile(rows: np.ndarray, format: str, out: np.ndarray) -> None:
   """Writes up to 16 rows (uint8[n, row_bytes]) as one x16 tile into out (uint8[16 * row_bytes])."""
   if rows.shape[0] < ROWS or not rows.flags.c_contiguous:
     padded = np.zeros((ROWS, rows.shape[1]), np.uint8)
     padded[: rows.shape[0]] = rows
     rows = padded
-  if ffi.interleave(rows, out, PIECES[format]):
+  codes = code_words.CODES.get(format, (0, 0))
+  if ffi.to_tiles(rows, out, PIECES[format], codes):
     return
   _, block_bytes = block_shape(format)
   blocks = rows.reshape(ROWS, -1, block_bytes)
@@ -163,15 +176,26 @@ def interleave_tile(rows: np.ndarray, format: str, out: np.ndarray) -> None:
     part = blocks[:, :, offset : offset + size].reshape(ROWS, -1, size // word, word)
     view[:, ROWS * at : ROWS * (at + size)] = part.transpose(1, 2, 0, 3).reshape(len(view), -1)
     at += size
+  if format in code_words.CODES:
+    begin = ROWS * codes[0]
+    lines = view[:, begin:].reshape(len(view), -1, 4 * ROWS)
+    view[:, begin:] = code_words.pack(lines, format).reshape(len(view), -1)
 
 
-def separate_tile(tile: np.ndarray, format: str, out: np.ndarray) -> None:
-  """The inverse of `interleave_tile`: an x16 tile into its 16 rows, out (uint8[16, row_bytes])."""
-  if tile.flags.c_contiguous and ffi.interleave(tile, out, PIECES[format], reverse=True):
+def separate_tile(tile: np.ndarray, format: str, out: np.ndarray, packed: bool = True) -> None:
+  """The inverse of `interleave_tile`: an x16 tile into its 16 rows, out (uint8[16, row_bytes]).
+
+  Args:
+    packed: False for a tile whose codes lie as the file has them, as an old .qbin's.
+  """
+  codes = code_words.CODES.get(format, (0, 0)) if packed else (0, 0)
+  if tile.flags.c_contiguous and ffi.to_tiles(tile, out, PIECES[format], codes, reverse=True):
     return
   _, block_bytes = block_shape(format)
   blocks, at = out.reshape(ROWS, -1, block_bytes), 0
   view = tile.reshape(-1, ROWS * block_bytes)
+  if packed:
+    view = _unpacked(view, format)
   for offset, size, word in PIECES[format]:
     part = view[:, ROWS * at : ROWS * (at + size)].reshape(len(view), size // word, ROWS, word)
     blocks[:, :, offset : offset + size] = part.transpose(2, 0, 1, 3).reshape(ROWS, -1, size)

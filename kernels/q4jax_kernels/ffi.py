@@ -31,6 +31,7 @@ def library() -> ctypes.CDLL | None:
   try:
     lib = ctypes.CDLL(str(_PATH))
     handlers = {name: getattr(lib, name) for name in _HANDLERS}
+    to_tiles = lib.q4jax_tiles
   except (OSError, AttributeError) as error:  # AttributeError: an older build, without a handler.
     reason = "it was not built" if not _PATH.exists() else str(error)
     warnings.warn(
@@ -44,13 +45,15 @@ def library() -> ctypes.CDLL | None:
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
   lib.q4jax_isa_name.restype = ctypes.c_char_p
   lib.q4jax_isa_name.argtypes = [ctypes.c_int64]
-  lib.q4jax_interleave.restype = None
-  lib.q4jax_interleave.argtypes = [
+  to_tiles.restype = None
+  to_tiles.argtypes = [
     ctypes.c_void_p,
     ctypes.c_void_p,
     ctypes.c_int64,
     ctypes.c_int64,
     ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
     ctypes.c_bool,
   ]
   return lib
@@ -81,10 +84,11 @@ def isa_name(isa: str = "best") -> str | None:
   return name.decode() if name else None
 
 
-def interleave(
+def to_tiles(
   source: np.ndarray,
   out: np.ndarray,
   pieces: tuple[tuple[int, int, int], ...],
+  codes: tuple[int, int],
   reverse: bool = False,
 ) -> bool:
   """Interleaves one tile of 16 rows in C; False where the library is missing.
@@ -92,13 +96,17 @@ def interleave(
   Args:
     source, out: contiguous uint8 arrays of the same size, a whole number of tiles' blocks.
     pieces: (offset, bytes, word bytes) of each piece of a block, in the tile's order.
+    codes: see code_words.py, `CODES`; (0, 0) leaves codes as the file has them.
+    reverse: from the tile to its rows.
   """
   lib = library()
   if lib is None:
     return False
   table = np.array(pieces, np.int64)
   blocks = source.size // (16 * sum(size for _, size, _ in pieces))
-  lib.q4jax_interleave(
-    source.ctypes.data, out.ctypes.data, blocks, len(pieces), table.ctypes.data, reverse
-  )
+  first, bits = 16 * codes[0], codes[1]
+  lib.q4jax_tiles(
+    source.ctypes.data, out.ctypes.data, blocks, len(pieces), table.ctypes.data, first, bits,
+    reverse,
+  )  # fmt: skip
   return True

@@ -68,26 +68,26 @@ class QbinCheckpoint:
     """A tensor as it lies in the file: a read-only view, nothing is copied or read yet.
 
     Returns:
-      uint8[tiles, 16 * row_bytes] of layout x16, uint8[num_rows, row_bytes] of layout rows.
+      uint8[tiles, 16 * row_bytes] of tiles, uint8[num_rows, row_bytes] of layout rows.
     """
     place = self.places[name]
-    width = place.tensor.row_bytes * (ROWS if place.layout == "x16" else 1)
+    width = place.tensor.row_bytes * (ROWS if place.tiled else 1)
     return np.frombuffer(self._mapping, np.uint8, place.nbytes, place.offset).reshape(-1, width)
 
   def rows(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
-    """See `Checkpoint.rows`. A view of the file, or of layout x16 a copy."""
+    """See `Checkpoint.rows`. A view of the file, or of tiles a copy."""
     place = self.places[name]
     count = place.tensor.num_rows
     stop = count if stop is None else stop
     if not 0 <= start <= stop <= count:
       raise ValueError(f"rows {start}..{stop} are not within the {count} of {name}.")
     stored = self.stored(name)
-    if place.layout == "rows":
+    if not place.tiled:
       return stored[start:stop]
     first, last = start // ROWS, -(-stop // ROWS)
     out = np.empty((last - first, ROWS, place.tensor.row_bytes), np.uint8)
     for tile, part in zip(stored[first:last], out, strict=True):
-      separate_tile(tile, place.tensor.format, part)
+      separate_tile(tile, place.tensor.format, part, packed=place.layout == "x16w")
     rows = out.reshape(-1, place.tensor.row_bytes)[start - first * ROWS : stop - first * ROWS]
     rows.flags.writeable = False
     return rows

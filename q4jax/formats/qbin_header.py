@@ -25,12 +25,13 @@ from q4jax.formats import qbin_pb2 as pb
 from q4jax.formats.checkpoint import Tensor
 from q4jax.formats.gguf_header import MAX_DIMS, MAX_NAME_BYTES
 from q4jax_kernels.block_array import FIELDS, ROWS, block_shape
+from q4jax_kernels.code_words import CODES
 
 # As PNG's: a transfer that takes the file for text, or cuts the eighth bit off, shows at once.
 MAGIC = b"\x89QBIN\r\n\x1a"
 MAJOR, MINOR = 1, 0
 ALIGNMENT = 4096
-LAYOUTS = ("rows", "x16")
+LAYOUTS = ("rows", "x16")  # Of matrices, to choose from; see `tiled_layout`.
 MAX_HEADER_BYTES = 64 << 20
 MAX_FIELDS = 1 << 18  # Of the header and of its records: entries, tensors, statistics.
 _FIXED = struct.Struct("<8sHHQ")
@@ -44,9 +45,10 @@ class Stored:
   """Where a tensor lies in the file.
 
   Attributes:
-    layout: "rows" or "x16", as in `q4jax_kernels.block_array`.
+    layout: "rows", or the tiles of `q4jax_kernels.block_array`: "x16", or "x16w" where their codes
+      are packed anew.
     offset: of its first byte, from the start of the file; a multiple of 4096.
-    nbytes: stored; with layout x16 the rows that fill up the last tile are among them.
+    nbytes: stored; in tiles the rows that fill up the last tile are among them.
     checksum: CRC-32 of these bytes, None if the file has none.
   """
 
@@ -55,6 +57,15 @@ class Stored:
   offset: int
   nbytes: int
   checksum: int | None
+
+  @property
+  def tiled(self) -> bool:
+    return self.layout != "rows"
+
+  @property
+  def mappable(self) -> bool:
+    """Whether the CPU's kernels can read it where it lies."""
+    return self.layout == tiled_layout(self.tensor.format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +105,12 @@ def padding(size: int) -> int:
 def stored_bytes(tensor: Tensor, layout: str) -> int:
   """What a tensor takes in a layout."""
   rows = tensor.num_rows
-  return (-(-rows // ROWS) * ROWS if layout == "x16" else rows) * tensor.row_bytes
+  return (rows if layout == "rows" else -(-rows // ROWS) * ROWS) * tensor.row_bytes
+
+
+def tiled_layout(format: str) -> str:
+  """What a file calls the tiles of a format that the CPU's kernels read."""
+  return "x16w" if format in CODES else "x16"
 
 
 def parse(buffer: mmap | bytes, path: str) -> Head:
@@ -174,10 +190,12 @@ def _stored(message: pb.Tensor, data: int, path: str) -> Stored:
       f"{what} is of format {message.format[:80]!r}, which q4jax does not read. It reads "
       f"{', '.join(FIELDS)}. Update q4jax, or convert the model again."
     )
-  if message.layout not in LAYOUTS or (message.layout == "x16" and len(shape) == 1):
+  tiles = ("x16", tiled_layout(message.format)) if len(shape) > 1 else ()
+  if message.layout not in ("rows", *tiles):
     raise FormatError(
-      f"{what} of shape {list(shape)} has layout {message.layout[:80]!r}; expected 'rows', or "
-      "'x16' for a matrix. Update q4jax, or convert the model again."
+      f"{what} ({message.format}) of shape {list(shape)} has layout {message.layout[:80]!r}; "
+      "expected 'rows', or for a matrix 'x16', or 'x16w' of q5_k or q6_k. Update q4jax, or convert "
+      "the model again."
     )
   if shape[-1] % block_shape(message.format)[0]:
     raise FormatError(

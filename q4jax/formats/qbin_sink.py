@@ -67,7 +67,8 @@ class QbinSink:
     self._header.records.extend(map(pack_record, records))
     offset = 0
     for tensor in tensors:
-      own = "rows" if len(tensor.shape) == 1 else layout
+      tiled = layout == "x16" and len(tensor.shape) > 1
+      own = qbin_header.tiled_layout(tensor.format) if tiled else "rows"
       nbytes = qbin_header.stored_bytes(tensor, own)
       self._header.tensors.add(
         name=tensor.name, shape=tensor.shape, format=tensor.format, layout=own, offset=offset,
@@ -102,7 +103,7 @@ class QbinSink:
       )
     entry = self._entries[tensor.name]
     self._file.seek(self._data + entry.offset)
-    tiled = entry.layout == "x16"
+    tiled = entry.layout != "rows"
     step = max(1, _CHUNK_BYTES // max(1, tensor.row_bytes) // ROWS) * ROWS
     checksum = 0
     for first in range(0, tensor.num_rows, step):

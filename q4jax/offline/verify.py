@@ -130,7 +130,7 @@ def _verify_model(path: Path, report: Report, progress: Progress | None) -> None
 def _problems(checkpoint: Checkpoint, name: str) -> Iterator[str]:
   tensor, tiled = checkpoint.tensors[name], False
   if isinstance(checkpoint, QbinCheckpoint):
-    tiled = checkpoint.places[name].layout == "x16"
+    tiled = checkpoint.places[name].tiled
     if checkpoint.is_intact(name) is False:
       yield (
         "its bytes do not have the checksum that the file gives for them: they were changed or "

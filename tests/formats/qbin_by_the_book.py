@@ -175,8 +175,42 @@ def rows(t: BookTensor) -> np.ndarray:
             begin = b * block_bytes + offset + w * word
             out[tile * 16 + r, begin : begin + word] = source[at : at + word]
             at += word
+      if t.layout == "x16w":
+        for r in range(16):
+          block = out[tile * 16 + r, b * block_bytes : (b + 1) * block_bytes]
+          (separate_q5 if t.format == "q5_k" else separate_q6)(block)
   assert at == len(source) and not out[n:].any()
   return out[:n]
+
+
+def separate_q6(block: np.ndarray) -> None:
+  """A row's block whose words are x16w's -> the file's, in place."""
+  for at in range(16):
+    h, p, w = at // 8, at // 4 % 2, at % 4
+    start = 16 * p + 4 * w
+    places = [128 + 32 * h + start, 64 * h + start, 64 * h + 32 + start]
+    for byte in range(4):
+      x, y, z = (int(block[place + byte]) for place in places)
+      c0, c1, c2, c3 = x & 63, y & 63, z & 63, (x >> 6) << 4 | (y >> 6) << 2 | z >> 6
+      block[places[0] + byte] = c0 >> 4 | (c1 >> 4) << 2 | (c2 >> 4) << 4 | (c3 >> 4) << 6
+      block[places[1] + byte] = c0 & 15 | (c2 & 15) << 4
+      block[places[2] + byte] = c1 & 15 | (c3 & 15) << 4
+
+
+def separate_q5(block: np.ndarray) -> None:
+  words = block[16:].reshape(8, 5, 4).astype(int)
+  plain = np.zeros((40, 4), np.uint8)
+  for group in range(8):
+    for byte in range(4):
+      v = words[group, :, byte].tolist()
+      codes = [word & 31 for word in v]
+      codes.append(v[0] >> 5 | (v[3] >> 5 & 3) << 3)
+      codes.append(v[1] >> 5 | (v[4] >> 5 & 3) << 3)
+      codes.append(v[2] >> 5 | v[3] >> 7 << 3 | v[4] >> 7 << 4)
+      for i, code in enumerate(codes):
+        plain[i, byte] |= (code >> 4) << group
+        plain[8 + 8 * (group // 2) + i, byte] |= (code & 15) << 4 * (group % 2)
+  block[16:] = plain.reshape(-1)
 
 
 def values(t: BookTensor) -> np.ndarray:

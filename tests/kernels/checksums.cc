@@ -2,6 +2,7 @@
 // with a checksum of its output's bits: two instruction sets agree if they print the same, wherever
 // they run. Buffers have exactly the sizes that kernels are promised. Compile with
 // -DKERNELS=kAvx2, say.
+#include <math.h>
 #include <stdio.h>
 
 #include <algorithm>
@@ -55,19 +56,28 @@ void PrintMatmuls(std::mt19937& random) {
       const auto x = RandomFloats(random, M * K);
       std::vector<float> y(M * N), exact(M * N), floats_out(weights * kRows);
       const int block = weights == 256 ? 256 : 32;
-      std::vector<int8_t> q(M * K);
-      std::vector<float> d(M * K / block), dsum(block == 32 ? M * K / block : 0);
-      std::vector<int16_t> sum8(M * K / 8), sum16(M * K / 16), sum32(M * K / 32);
-      const QuantizedX qx{q.data(), d.data(), dsum.data(), sum8.data(), sum16.data(), sum32.data()};
-      for (int64_t m = 0; m < M; m++) KERNELS.quantize(&x[m * K], K, block, m, M, qx);
-      for (int64_t g = 0; g < M * K / 8; g++)
+      int64_t rows = M;  // Those past M hold what must not be seen.
+      if (M <= KERNELS.direct_rows)
+        for (rows = 1; rows < M;) rows *= 2;
+      std::vector<int8_t> q(rows * K, 77);
+      std::vector<float> d(rows * K / block, NAN), dsum(block == 32 ? rows * K / block : 0, NAN);
+      std::vector<int16_t> sum8(rows * K / 8), sum16(rows * K / 16, 999), sum32(rows * K / 32, 999);
+      const QuantizedX qx{rows, q.data(), d.data(), dsum.data(), sum8.data(), sum16.data(), sum32.data()};
+      for (int64_t m = 0; m < M; m++) KERNELS.quantize(&x[m * K], K, block, m, qx);
+      for (int64_t g = 0; g < rows * K / 8; g++)
         for (int j = 0; j < 8; j++) sum8[g] += q[8 * g + j];
       KERNELS.matmul[format]({w.data(), x.data(), qx, y.data(), M, K, N}, 0, tiles);
       KERNELS.dequantize[format](w.data(), floats_out.data());
       const Blocks blocks{weights, bytes, KERNELS.dequantize[format]};
       KERNELS.exact({w.data(), x.data(), qx, exact.data(), M, K, N}, blocks, 0, tiles);
-      Print("quantize", block, M, q);
-      Print("scales", block, M, d);
+      std::vector<int8_t> codes;  // of the M rows alone
+      std::vector<float> scales;
+      for (int64_t b = 0; b < K / block; b++) {
+        codes.insert(codes.end(), &q[b * rows * block], &q[b * rows * block] + M * block);
+        scales.insert(scales.end(), &d[b * rows], &d[b * rows] + M);
+      }
+      Print("quantize", block, M, codes);
+      Print("scales", block, M, scales);
       Print("matmul", format, M, y);
       Print("exact", format, M, exact);
       Print("dequantize", format, M, floats_out);

@@ -288,7 +288,7 @@ def test_layouts_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
   ws = [tiles_array(r, f) for f, r in rows.items()]
   padded = [BlockArray(w.data, w.format, 48, "x16") for w in ws]
   plain = jax.jit(lambda ws: [w.rows().data for w in ws])(padded)
-  monkeypatch.setattr(ffi, "interleave", lambda *args: False)
+  monkeypatch.setattr(ffi, "to_tiles", lambda *args: False)
   for w, found, (format, expected_rows) in zip(ws, plain, rows.items(), strict=True):
     assert w.shape == (35, 512)
     np.testing.assert_array_equal(w.data, tiles_array(expected_rows, format).data, err_msg=format)
@@ -326,12 +326,18 @@ def test_q6_k_by_hand() -> None:
   tile = np.asarray(tiles_array(rows, "q6_k").data)[0]
   assert tile[:4].tolist() == [*rows[0, 208:], *rows[1, 208:]]
   assert tile[32:34].tolist() == [rows[0, 192], rows[1, 192]]
-  words = tile[288:].reshape(2, 2, 4, 3, 16, 4)  # half, part of 16 bytes, word, field, row, byte
+  words = tile[288:].reshape(2, 2, 4, 3, 16, 4)  # half, part of 16 bytes, word, of three, row, byte
   for half, part, word, row in ((0, 0, 0, 0), (0, 1, 3, 7), (1, 0, 2, 15), (1, 1, 1, 1)):
     at = 16 * part + 4 * word
-    for field, first in enumerate((128 + 32 * half, 64 * half, 64 * half + 32)):
-      expected_bytes = rows[row, first + at : first + at + 4]
-      assert words[half, part, word, field, row].tolist() == expected_bytes.tolist()
+    for byte in range(4):
+      high, low, next_low = (
+        int(rows[row, first + at + byte]) for first in (128 + 32 * half, 64 * half, 64 * half + 32)
+      )
+      # ggml-quants.c, dequantize_row_q6_K: q1 .. q4 of one l.
+      codes = [low & 15, next_low & 15, low >> 4, next_low >> 4]
+      codes = [code | (high >> 2 * i & 3) << 4 for i, code in enumerate(codes)]
+      x, y, z = words[half, part, word, :, row, byte].tolist()
+      assert [x & 63, y & 63, z & 63, (x >> 6) << 4 | (y >> 6) << 2 | z >> 6] == codes
 
 
 def test_fields_fill_their_blocks() -> None:
