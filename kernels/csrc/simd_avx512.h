@@ -17,7 +17,7 @@ struct Simd {
   static constexpr int kStrip = 8;
   static constexpr int kFloatStrip = 4;
   // Tiles side by side, and the most rows of x that meet weights as they lie (docs/adr/0014).
-  static constexpr int kStreams = 1, kDirectRows = 8;
+  static constexpr int kStreams = 1, kDirectRows = 4;
 
   static F Zero() { return _mm512_setzero_ps(); }
   static F Set(float x) { return _mm512_set1_ps(x); }

@@ -1,8 +1,10 @@
 """Choosing the next token inside the compiled step: no sort, no recompilation between settings.
 
-The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p; then one draw by
-the Gumbel-max trick. Top-k and top-p find their threshold by bisection over the bits of a float, 32
-passes over the logits, exact up to ties (all values equal to the threshold stay).
+The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p; then the
+Gumbel-max trick draws a block of tokens by its probability, and a token of the block: random
+numbers for all of a vocabulary take longer than its softmax. Top-k and top-p find their threshold
+by bisection over the bits of a float, 32 passes over the logits, exact up to ties (all values equal
+to the threshold stay).
 """
 
 from collections.abc import Callable
@@ -12,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from q4jax.errors import ConfigError
+
+_BLOCK = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def sample(
   logits = jax.lax.cond(
     jnp.any(params.repetition_penalty != 1), _penalise, lambda x, *_: x, logits, params, seen
   )
-  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  greedy = _argmax(logits)
   return jax.lax.cond(
     jnp.any(params.temperature > 0),
     lambda: jnp.where(params.temperature > 0, _draw(logits, params, position), greedy),
@@ -104,15 +108,41 @@ def _penalise(logits: jax.Array, params: SamplingArrays, seen: jax.Array) -> jax
 def _draw(logits: jax.Array, params: SamplingArrays, position: jax.Array) -> jax.Array:
   # Greedy rows of the batch get any finite temperature; their draw is not used.
   scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-  vocab = logits.shape[-1]
-  limited = jnp.any((params.top_k > 0) & (params.top_k < vocab))
+  limited = jnp.any((params.top_k > 0) & (params.top_k < logits.shape[-1]))
   scaled = jax.lax.cond(limited, _top_k, lambda x, _: x, scaled, params)
   scaled = jax.lax.cond(jnp.any(params.top_p < 1), _top_p, lambda x, _: x, scaled, params)
   best = jnp.max(scaled, axis=-1, keepdims=True)
   scaled = jnp.where(scaled >= best + jnp.log(params.min_p)[:, None], scaled, -jnp.inf)
+  blocks = _blocks(scaled)
   keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(params.seed, position)
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,), jnp.float32))(keys)
-  return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+  count = blocks.shape[1]
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, (count + _BLOCK,), jnp.float32))(keys)
+  mass = jnp.sum(jnp.exp(blocks - best[:, :, None]), axis=-1)
+  block = jnp.argmax(jnp.log(mass) + noise[:, :count], axis=-1)
+  return _token(block, _taken(blocks, block) + noise[:, count:])
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+  """As `jnp.argmax` of the last axis, int32[B]; XLA's own on a CPU goes element by element."""
+  blocks = _blocks(x)
+  block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+  return _token(block, _taken(blocks, block))
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+  """float32[B, V] -> [B, ceil(V / 256), 256], filled up with -inf."""
+  fill = -x.shape[1] % _BLOCK
+  return jnp.pad(x, ((0, 0), (0, fill)), constant_values=-jnp.inf).reshape(len(x), -1, _BLOCK)
+
+
+def _taken(blocks: jax.Array, block: jax.Array) -> jax.Array:
+  """One block of each row, [B, 256]."""
+  return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _token(block: jax.Array, scores: jax.Array) -> jax.Array:
+  """The token with the highest of a block's scores, int32[B]."""
+  return (block * _BLOCK + jnp.argmax(scores, axis=-1)).astype(jnp.int32)
 
 
 def _top_k(logits: jax.Array, params: SamplingArrays) -> jax.Array:

@@ -64,6 +64,30 @@ def test_frequencies_are_the_softmax() -> None:
   np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.02)
 
 
+def test_frequencies_over_many_blocks_of_tokens() -> None:
+  """700 tokens are three blocks of 256, the last one not full; most tokens are impossible."""
+  p = np.zeros(700)
+  p[[0, 3, 255, 256, 300, 512, 699]] = [0.25, 0.1, 0.05, 0.2, 0.15, 0.05, 0.2]
+  with np.errstate(divide="ignore"):
+    logits = np.log(p)
+  drawn = draw(logits, count=16384, temperature=1.0)
+  np.testing.assert_allclose(np.bincount(drawn, minlength=700) / 16384, p, atol=0.015)
+  within = draw(np.where(np.arange(700) // 256 == 1, 0.0, -np.inf), count=4096, temperature=1.0)
+  assert set(within.tolist()) == set(range(256, 512))
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 255, 256, 257, 700]))
+def test_greedy_is_the_first_of_the_best(seed: int, vocab: int) -> None:
+  """As NumPy's argmax, of ties the first, and of NaN the first."""
+  rng = np.random.default_rng(seed)
+  rows = rng.integers(0, 5, (6, vocab)).astype(np.float32)
+  rows[1] = -np.inf
+  rows[2, rng.integers(0, vocab, 2)] = np.nan
+  rows[3] = rng.normal(size=vocab)
+  for logits in rows:
+    assert draw(logits, temperature=0.0)[0] == np.argmax(logits)
+
+
 def test_ties_at_the_threshold_stay() -> None:
   drawn = draw(np.zeros(VOCAB), count=2048, temperature=1.0, top_k=1)
   assert set(drawn.tolist()) == set(range(VOCAB))
