@@ -449,13 +449,15 @@ void Quantize(const float* x, int64_t K, int block, int64_t m, const q4::Quantiz
   for (int64_t b = 0; b < K / block; b++) {
     const float* xb = x + b * block;
     const int64_t row = b * out.rows + m;
-    float largest = 0.0f;
-    bool finite = true;
+    // Magnitudes compare as their bits do, which compilers take for a maximum; NaN is above infinity.
+    int32_t most = 0;
     for (int i = 0; i < block; i++) {
-      const float magnitude = __builtin_fabsf(xb[i]);
-      finite &= magnitude <= 3.4028234e38f;  // False for NaN too.
-      largest = magnitude > largest ? magnitude : largest;
+      const int32_t magnitude = Load4(xb + i) & 0x7fffffff;
+      most = magnitude > most ? magnitude : most;
     }
+    const bool finite = most < 0x7f800000;
+    float largest;
+    __builtin_memcpy(&largest, &most, 4);
     // A block with a NaN or infinity makes its outputs NaN: int8 cannot carry either.
     const float scale = finite ? largest / 127.0f : __builtin_nanf("");
     out.d[row] = block == 32 ? RoundToHalf(scale) : scale;
