@@ -58,7 +58,7 @@ class GgmlMatmul:
     (m, k), n = x.shape, len(weights[0])
     # Weights, x, and the products; work: x rounded to bytes, with scales.
     size = sum(w.nbytes for w in weights) + x.nbytes + 4 * m * n * len(weights)
-    size += _COMPUTATIONS * (2 * m * k + (1 << 16)) + (8 << 20)
+    size += _COMPUTATIONS * (2 * m * k + (1 << 18)) + (8 << 20)
     self._left, self._threads, self._base = _COMPUTATIONS, threads, base
     self._context = ctypes.c_void_p(base.ggml_init(_InitParams(size, None, False)))
     kind = gguf.GGMLQuantizationType[format.upper()]
