@@ -1,5 +1,7 @@
 """What holds for every test: the backend, strict shapes, shared programs, hypothesis' manners."""
 
+import gc
+import itertools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Before jax is imported; child processes inherit it.
@@ -21,6 +23,11 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # Folders whose tests compare bits or rounding: XLA compiles there as for users. Elsewhere it
 # hurries: most of a test's time is compilation.
 OPTIMIZED = ("aot", "calibrated", "kernels", "oracles", "qat", "quant")
+
+# Every compiled program keeps some memory maps, and Linux ends a process's compilations, and so the
+# process, at 65,530 of them (vm.max_map_count). Whoever tests thousands of shapes gets there.
+MOST_MAPS = 20_000
+_tests_run = itertools.count(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,6 +59,19 @@ def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv(name.upper(), str(hurry))
     yield
+
+
+def pytest_runtest_logfinish() -> None:
+  """Forgets the compiled programs of this process before their memory maps run out."""
+  if next(_tests_run) % 16 == 0 and _maps() > MOST_MAPS:  # Counting them takes milliseconds.
+    jax.clear_caches()
+    gc.collect()
+
+
+def _maps() -> int:
+  """The memory maps of this process; 0 where the system does not list them."""
+  maps = Path("/proc/self/maps")
+  return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
