@@ -93,10 +93,11 @@ docs: $(INSTALLED) ## build the documentation site into build/site
 
 # Generated code wants a runtime as new as its generator, so that is the oldest which will do.
 PROTO_BIN := .venv-proto/bin
+PROTOS := q4jax/formats/qbin.proto q4jax/text/sentencepiece.proto
 
 .PHONY: proto
-proto: $(PROTO_BIN)/installed ## generate qbin_pb2.py anew from qbin.proto
-	$(PROTO_BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. q4jax/formats/qbin.proto
+proto: $(PROTO_BIN)/installed ## generate the *_pb2.py anew from the .proto files
+	$(PROTO_BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(PROTOS)
 
 $(PROTO_BIN)/installed:
 	$(PYTHON) -m venv .venv-proto

@@ -57,7 +57,7 @@ def load(
     model: a path to a .gguf file (any shard of a split one), a .qbin, a folder with config.json and
       .safetensors files, or an .orbax folder; the alias `tiny` (the model that comes with q4jax);
       `hf://org/repo/file.gguf` or `hf://org/repo`, downloaded once and cached.
-    tokenizer: a `tokenizer.json` to use instead of the file's own vocabulary.
+    tokenizer: a `tokenizer.json` or `tokenizer.model` to use instead of the file's own vocabulary.
     device: where the weights go; the default device if None.
     implementation: of the int4 matmul, by name (`q4jax_kernels.int4_matmul.IMPLEMENTATIONS`): it
       then multiplies with every quantised matrix, whatever it costs. None takes the best.
@@ -96,7 +96,7 @@ def load_checkpoint(
 
 def _tokenizer(metadata: Mapping[str, Any], external: str | Path | None, path: str) -> Tokenizer:
   if external is not None:
-    return Tokenizer.from_tokenizer_json(external)
+    return Tokenizer.from_file(external)
   try:
     return Tokenizer.from_gguf_metadata(metadata)
   except TokenizerError as error:

@@ -29,7 +29,7 @@ def define_model(flags: absl_flags.FlagValues) -> None:
   absl_flags.DEFINE_string(
     "tokenizer",
     None,
-    "A tokenizer.json to use in place of the file's vocabulary.",
+    "A tokenizer.json or tokenizer.model to use in place of the file's vocabulary.",
     flag_values=flags,
   )
   define_machine(flags)
@@ -156,7 +156,7 @@ def load_model(
 
   Args:
     flags: those of `define_machine`, and --json.
-    tokenizer: a tokenizer.json in place of the file's vocabulary.
+    tokenizer: a tokenizer.json or tokenizer.model in place of the file's vocabulary.
 
   A bar on stderr shows how far it is, where someone is watching.
   """

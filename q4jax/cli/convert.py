@@ -3,10 +3,10 @@
   q4jax convert model.gguf model.qbin
   q4jax convert hf://org/repo model.gguf
 
-SOURCE is a .gguf or .qbin file, a Hugging Face folder (config.json, .safetensors, tokenizer.json),
-an .orbax folder, a name on the hub, or tiny. OUT ends in .gguf, .qbin or .orbax. Nothing is
-quantised: q4jax quantize does that. --rotate alone changes weights: the rotated model, in float32,
-computes the same. OUT appears when it is complete, never in part.
+SOURCE is a .gguf or .qbin file, a Hugging Face folder (config.json, .safetensors, tokenizer.json or
+tokenizer.model), an .orbax folder, a name on the hub, or tiny. OUT ends in .gguf, .qbin or .orbax.
+Nothing is quantised: q4jax quantize does that. --rotate alone changes weights: the rotated model,
+in float32, computes the same. OUT appears when it is complete, never in part.
 
 --json prints one object: source, out, tensors, weights, source_bytes (of the tensors), out_bytes
 (of all of OUT), has_tokenizer, and stored_as: formats that OUT does not have, and the ones that
@@ -62,7 +62,7 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
     common.note(f"{old} is stored as {new}, which holds the same weights in more bits.")
   if not found.has_tokenizer:
     common.note(
-      "The source has no tokenizer.json, so OUT has no vocabulary: llama.cpp will not load it, and "
-      "q4jax only with --tokenizer."
+      "The source has no tokenizer.json or tokenizer.model, so OUT has no vocabulary: llama.cpp "
+      "will not load it, and q4jax only with --tokenizer."
     )
   return 0

@@ -34,7 +34,10 @@ absl_flags.DEFINE_boolean(
   "show_special", False, "Write special tokens out when decoding.", flag_values=FLAGS
 )
 absl_flags.DEFINE_string(
-  "tokenizer", None, "A tokenizer.json to use instead of the file's vocabulary.", flag_values=FLAGS
+  "tokenizer",
+  None,
+  "A tokenizer.json or tokenizer.model to use instead of the file's vocabulary.",
+  flag_values=FLAGS,
 )
 common.define_json(FLAGS)
 
@@ -50,7 +53,7 @@ def run(flags: absl_flags.FlagValues, arguments: list[str]) -> int:
   from q4jax.text.tokenizer import Tokenizer
 
   if flags.tokenizer is not None:
-    tokenizer = Tokenizer.from_tokenizer_json(flags.tokenizer)
+    tokenizer = Tokenizer.from_file(flags.tokenizer)
   else:
     tokenizer = Tokenizer.from_gguf_metadata(read_metadata(path))
   decodes = ids is not None

@@ -7,6 +7,7 @@ from q4jax.formats.json_file import read_object
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SENTENCEPIECE, ADDED_TOKENS = "tokenizer.model", "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 

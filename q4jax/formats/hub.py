@@ -69,8 +69,10 @@ def _folder(repo: str) -> Path:
   import huggingface_hub
 
   config = huggingface_hub.hf_hub_download(repo, hf_folder.CONFIG)
-  for name in (hf_folder.TOKENIZER, hf_folder.TOKENIZER_CONFIG, hf_folder.CHAT_TEMPLATE):
+  for name in (hf_folder.TOKENIZER_CONFIG, hf_folder.CHAT_TEMPLATE):
     _optional(repo, name)
+  if not _optional(repo, hf_folder.TOKENIZER) and _optional(repo, hf_folder.SENTENCEPIECE):
+    _optional(repo, hf_folder.ADDED_TOKENS)
   if _optional(repo, hf_folder.INDEX):
     folder = Path(config).parent
     for name in hf_folder.indexed_files(folder):

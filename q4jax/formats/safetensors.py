@@ -1,4 +1,4 @@
-"""A Hugging Face model folder (config.json, *.safetensors, tokenizer.json) as a `Checkpoint`."""
+"""A Hugging Face model folder (config.json, *.safetensors, tokenizer.*) as a `Checkpoint`."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,11 +12,11 @@ from q4jax import config as config_lib
 from q4jax.errors import FormatError
 from q4jax.formats.checkpoint import Bytes, Tensor
 from q4jax.formats.hf_config import HFConfig
-from q4jax.formats.hf_folder import CONFIG, TOKENIZER, model_name, weight_files
+from q4jax.formats.hf_folder import CONFIG, SENTENCEPIECE, TOKENIZER, model_name, weight_files
 from q4jax.formats.json_file import read_object
 from q4jax.formats.llama_tensors import hf_name, tensor_shapes
 from q4jax.formats.safetensors_file import SafetensorsFile, StoredTensor
-from q4jax.text.hf_metadata import tokenizer_metadata
+from q4jax.text import hf_metadata, spm_metadata
 
 _FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}  # llama.h: enum llama_ftype.
@@ -29,7 +29,7 @@ class SafetensorsCheckpoint:
   """See `Checkpoint`. Float weights as they are, vectors as float32; all files are mapped.
 
   Q and K have their rows in memory's order already. The metadata is what a converter to GGUF would
-  write, the tokenizer's included if the folder has a tokenizer.json.
+  write, the tokenizer's included if the folder has a tokenizer.json or a tokenizer.model.
   """
 
   def __init__(
@@ -70,12 +70,11 @@ class SafetensorsCheckpoint:
     Raises:
       FormatError: a file is missing, cannot be read or breaks its format, or it is a model that
         q4jax does not run.
-      TokenizerError: GGUF's metadata cannot say what its tokenizer.json does.
+      TokenizerError: GGUF's metadata cannot say what its tokenizer does.
     """
     folder = Path(path)
     config = HFConfig(read_object(folder / CONFIG, "the model's config"), folder / CONFIG)
-    has_tokenizer = (folder / TOKENIZER).exists()
-    tokenizer = tokenizer_metadata(folder / TOKENIZER, config.vocab_size) if has_tokenizer else {}
+    tokenizer = _tokenizer(folder, config.vocab_size)
     with ExitStack() as undo:
       paths = weight_files(folder)
       files = {path.name: undo.enter_context(SafetensorsFile(path)) for path in paths}
@@ -150,6 +149,15 @@ class SafetensorsCheckpoint:
         f"{', '.join(_FORMATS)}."
       )
     return _FORMATS[stored.dtype] if len(shape) > 1 else "f32"
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
+  """GGUF's keys of the folder's tokenizer.json, else of its tokenizer.model, else none."""
+  if (folder / TOKENIZER).exists():
+    return hf_metadata.tokenizer_metadata(folder / TOKENIZER, vocab_size)
+  if (folder / SENTENCEPIECE).exists():
+    return spm_metadata.tokenizer_metadata(folder / SENTENCEPIECE, vocab_size)
+  return {}
 
 
 def _join(path: str, files: Mapping[str, SafetensorsFile]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from q4jax.text import gguf_vocab, json_vocab
 from q4jax.text.bpe import plain_ids
 from q4jax.text.pretokenizers import PRE_TOKENIZERS
 from q4jax.text.tokenizer import Tokenizer
-from q4jax.text.vocabulary import SPACE, Kind, Vocabulary
+from q4jax.text.vocabulary import SPACE, Kind, Vocabulary, padded
 
 _PREFIX = "tokenizer.ggml."
 _HELP = "Use a GGUF file of the model, or a folder without tokenizer.json, and give --tokenizer."
@@ -78,7 +78,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
 
 
 def _metadata(vocabulary: Vocabulary, document: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-  texts, kinds = _padded(vocabulary, vocab_size)
+  texts, kinds = padded(vocabulary.texts, vocabulary.kinds, vocab_size)
   values: dict[str, Any] = {"tokens": texts, "token_type": [int(kind) for kind in kinds]}
   merges = [(left, right) for left, right in json_vocab.merges(document)]
   if vocabulary.byte_level:
@@ -102,22 +102,6 @@ def _metadata(vocabulary: Vocabulary, document: dict[str, Any], vocab_size: int)
   if vocabulary.chat_template is not None:
     found["tokenizer.chat_template"] = vocabulary.chat_template
   return found
-
-
-def _padded(vocabulary: Vocabulary, size: int) -> tuple[list[str], list[Kind]]:
-  """Texts and kinds of all ids; an id that no token has gets a text that no other has."""
-  texts, kinds = list(vocabulary.texts), list(vocabulary.kinds)
-  if len(texts) > size:
-    raise TokenizerError(
-      f"it has ids up to {len(texts) - 1}, and the embedding table {size} rows. Do the files "
-      "belong to one model?"
-    )
-  texts += [""] * (size - len(texts))
-  kinds += [Kind.UNUSED] * (size - len(kinds))
-  texts = [text or f"[PAD{id}]" for id, text in enumerate(texts)]
-  if len(set(texts)) < size:
-    raise TokenizerError("it has tokens called [PAD...], as unused ids are. " + _HELP)
-  return texts, kinds
 
 
 def _padding(path: Path, vocabulary: Vocabulary) -> dict[str, Any]:

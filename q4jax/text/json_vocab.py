@@ -68,7 +68,7 @@ def _read(path: Path) -> Vocabulary:
     add_bos=bos is not None and (begin is not None if add_bos is None else add_bos),
     add_eos=eos is not None and (end is not None if add_eos is None else add_eos),
     stop_ids=stop_ids(texts, kinds, [eos]),
-    chat_template=_chat_template(config, path),
+    chat_template=chat_template(config, path),
   )
 
 
@@ -191,7 +191,8 @@ def _special(
   return ids[text]
 
 
-def _chat_template(config: dict[str, Any], path: Path) -> str | None:
+def chat_template(config: dict[str, Any], path: Path) -> str | None:
+  """The chat template of tokenizer_config.json, or of chat_template.jinja beside `path`."""
   jinja = path.with_name("chat_template.jinja")
   if jinja.exists():
     return _read_text(jinja)

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from q4jax.errors import TokenizerError
-from q4jax.text import gguf_vocab, json_vocab
+from q4jax.text import gguf_vocab, json_vocab, spm_metadata
 from q4jax.text.vocabulary import SPACE, Kind, Vocabulary, byte_alphabet
 
 _CONTROL = (Kind.CONTROL, Kind.UNKNOWN)
@@ -27,7 +27,7 @@ _BYTES = {char: byte for byte, char in byte_alphabet().items()}
 class Tokenizer:
   """Encodes text to ids and decodes ids to text; immutable, so any thread may use it.
 
-  `from_gguf_metadata` and `from_tokenizer_json` make one.
+  `from_gguf_metadata` and `from_file` make one.
   """
 
   def __init__(self, vocabulary: Vocabulary) -> None:
@@ -47,6 +47,18 @@ class Tokenizer:
       TokenizerError: a key is missing, malformed, or names something unknown; the message names it.
     """
     return cls(gguf_vocab.read_vocabulary(metadata))
+
+  @classmethod
+  def from_file(cls, path: str | Path) -> "Tokenizer":
+    """The tokenizer of a `tokenizer.json`, or of a SentencePiece model (its name ends in .model).
+
+    Raises:
+      TokenizerError: a file cannot be read, or asks for something that q4jax does not do.
+    """
+    path = Path(path)
+    if path.suffix == ".model":
+      return cls.from_gguf_metadata(spm_metadata.tokenizer_metadata(path))
+    return cls.from_tokenizer_json(path)
 
   @classmethod
   def from_tokenizer_json(cls, path: str | Path) -> "Tokenizer":

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
+from q4jax.errors import TokenizerError
+
 SPACE = "\u2581"  # How SentencePiece vocabularies write a space: a lower one-eighth block.
 BYTE_TEXT = re.compile("<0x[0-9A-F]{2}>")
 MAX_TOKENS = 1 << 20  # The largest published vocabularies have 262,144.
@@ -67,6 +69,27 @@ class Vocabulary:
   add_eos: bool
   stop_ids: frozenset[int]
   chat_template: str | None
+
+
+def padded(texts: Sequence[str], kinds: Sequence[Kind], size: int) -> tuple[list[str], list[Kind]]:
+  """Texts and kinds of `size` ids; an id that no token has gets a text that no other has.
+
+  Raises:
+    TokenizerError: there are more tokens than ids, or tokens are called as unused ids are.
+  """
+  if len(texts) > size:
+    raise TokenizerError(
+      f"it has ids up to {len(texts) - 1}, and the embedding table {size} rows. Do the files "
+      "belong to one model?"
+    )
+  missing = size - len(texts)
+  named = [text or f"[PAD{id}]" for id, text in enumerate([*texts, *[""] * missing])]
+  if len(set(named)) < size:
+    raise TokenizerError(
+      "it has two tokens of one text, or tokens called [PAD...], as unused ids are. Use a GGUF "
+      "file of the model."
+    )
+  return named, [*kinds, *[Kind.UNUSED] * missing]
 
 
 def byte_alphabet() -> dict[int, str]:
