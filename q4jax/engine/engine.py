@@ -42,9 +42,9 @@ class Engine:
     kv_pool_tokens: room in the blocks of the compressed cache, in tokens of all layers, for all
       prompts of a call together; those that do not fit wait for others to finish. Blocks stay
       allocated between calls. None takes what each call can need, for as long as it runs.
-    share_prefixes: keep what has been read of prompts in the pool, while there is room, and read
-      only the rest of those that begin alike; prompts of one call share blocks too. What is found
-      there has been rounded as `kv` says. Only without eviction.
+    share_prefixes: keep prompts and answers in the pool, while there is room, and read only the
+      rest of prompts that begin alike; prompts of one call share blocks too. What is found there
+      has been rounded as `kv` says. Only without eviction.
     prefix_ttl_s: seconds after which an unused prefix is forgotten; None for no limit.
     prefill_chunk: most prompt tokens of a sequence in one program call; a longer prompt takes
       several. A power of two; None takes 256 on a CPU, where more only takes memory, else 512.
@@ -285,6 +285,7 @@ class Engine:
     timing.prefilled(sum(map(len, ids)), known, time.perf_counter() - began)
 
     texts = [TextAssembler(self.model.tokenizer, stops) for _ in ids]
+    said: list[list[int]] = [[] for _ in ids]
     open_rows = set(range(len(ids)))
     before, began = timing.decode_s, time.perf_counter()
     try:
@@ -303,6 +304,7 @@ class Engine:
           compressed.take_back(running & np.isin(tokens, list(self.model.tokenizer.stop_ids)))
         for row in sorted(open_rows):
           token = int(tokens[row])
+          said[row].append(token)
           chunk = self._chunk(row, token, output, texts[row], step, limits[row], logprobs)
           if chunk.finish_reason is not None:
             open_rows.discard(row)
@@ -318,7 +320,9 @@ class Engine:
         timing.kv = compressed.usage
         if self._store is not None:
           assert isinstance(state.cache, Compressed)
-          compressed.close(state.cache)
+          heard = [np.array(row, np.int32) for row in said]
+          whole = [np.concatenate(row) for row in zip(ids, heard, strict=True)]
+          compressed.close(state.cache, whole if self.share_prefixes else ())
 
   def compress(
     self,

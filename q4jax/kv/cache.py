@@ -124,6 +124,7 @@ class CompressedKV:
     self.store = store
     self.table = np.zeros((*counts.shape, width), np.int32)
     self._counts = np.zeros_like(counts)
+    self._named = np.zeros(len(length), np.int64)  # first blocks of each row that have a name
     self._shared = 0  # blocks that the counts have more than once
     if prefixes is None:
       self._append(counts, self.pool.allocate(int(counts.sum())))
@@ -184,6 +185,7 @@ class CompressedKV:
       again.append(of_name[name])
     self.pool.retain(again)
     self._counts = self._counts + counts  # Never in place: see `_append`.
+    self._named = counts[0]
     self._shared = int(counts.sum()) - np.unique(self.table[self.table > 0]).size
     return fresh
 
@@ -224,8 +226,8 @@ class CompressedKV:
     if needed:
       self._append(np.broadcast_to(full, self._counts.shape).astype(np.int64), blocks)
       self._kept = self._kept + kv.block_size * full
-      self._spilled = self._spilled + kv.block_size * full
       cache = _spill(cache, length, jnp.asarray(self.table), jnp.asarray(full))
+      self._spilled = self._spilled + kv.block_size * full  # Now the blocks will be written.
     self._evicted = np.where(turn, self._length, self._evicted)
     self._length = self._length + running
     return cache
@@ -260,8 +262,18 @@ class CompressedKV:
     """Tells that the last step of these rows (bool[B]) stored nothing: they had stopped before."""
     self._length = self._length - rows
 
-  def close(self, cache: Compressed) -> None:
-    """Gives all blocks, and the arrays of the cache as it is now, back to the store."""
+  def close(self, cache: Compressed, texts: Sequence[np.ndarray] = ()) -> None:
+    """Gives all blocks, and the arrays of the cache as it is now, back to the store.
+
+    `texts` are the tokens of each row, int[T], prompt and answer: later prompts that go on from
+    them will find their blocks. Only for what was made with `prefixes`.
+    """
+    for row, tokens in enumerate(texts):
+      stored = int(self._spilled[row])
+      names = self.store.names(tokens[: self.kv.protect.sink + stored].tolist())
+      for i in range(self._named[row], len(names)):
+        for layer, name in enumerate(names[i]):
+          self.pool.publish(int(self.table[layer, row, i]), name)
     paged, in_order = cache.paged, self.table[self.table > 0].tolist()
     self.store.put((paged.key_pages, paged.value_pages, paged.slot_pos), in_order)
     self._counts, self.table = np.zeros_like(self._counts), np.zeros_like(self.table)

@@ -118,7 +118,7 @@ class KVStore:
     blocks: list[np.ndarray] = []
     for tokens in prompts:
       stored = int(spilled_after(np.array([len(tokens)]), self.kv)[0])
-      names.append(self._names(tokens[: sink + stored].tolist()))
+      names.append(self.names(tokens[: sink + stored].tolist()))
       found = self.pool.lookup(name for of_layers in names[-1] for name in of_layers)
       whole = len(found) // layers * layers
       self.pool.release(found[whole:])
@@ -126,7 +126,7 @@ class KVStore:
     known = np.array([found.shape[1] for found in blocks])
     return Prefixes(names, blocks, np.where(known > 0, sink + known * self.kv.block_size, 0))
 
-  def _names(self, tokens: list[int]) -> list[list[bytes]]:
+  def names(self, tokens: list[int]) -> list[list[bytes]]:
     """What the blocks of a text are published as, of each block one name a layer."""
     kv, sink = self.kv, self.kv.protect.sink
     salt = repr((kv.key, kv.value, kv.rotate, tokens[:sink])).encode()

@@ -53,7 +53,7 @@ def test_a_prefix_is_read_once_and_says_the_same(float_model: Model) -> None:
     (TEXT[:120], 0),
     (TEXT[:120], 4 + 96),  # what the 12 newest and the ring leave
     (TEXT[:90] + [7] * 20, 4 + 80),
-    (TEXT, 4 + 96),
+    (TEXT, 4 + 112),  # decoding 24 tokens stored one more block of the first prompt
     ([2, *TEXT[1:]], 0),  # another sink: another text
     (TEXT[:20], 0),  # too short for a block
   ):
@@ -61,6 +61,41 @@ def test_a_prefix_is_read_once_and_says_the_same(float_model: Model) -> None:
     assert done.timing.shared_tokens == known, len(prompt)
     assert done.tokens == one(alone, prompt).tokens
     assert in_use(sharing) == 0
+
+
+def test_the_next_turn_finds_the_answer(float_model: Model) -> None:
+  """A chat: each prompt is the one before, its answer, and something new."""
+  sharing, alone = engine(float_model, share_prefixes=True), Engine(float_model, kv_dtype="f32")
+  prompt, before = TEXT[:40], 0
+  for new in ([9, 8], [7] * 30, []):
+    done = one(sharing, prompt)
+    assert done.timing.shared_tokens == before
+    assert done.tokens == one(alone, prompt).tokens
+    assert in_use(sharing) == 0
+    # The last token was sampled and never read; 8 recent ones and a ring of up to 16 are floats.
+    stored = len(prompt) + len(done.tokens) - 1
+    before = 4 + (stored - 4 - 8) // 16 * 16
+    prompt = [*prompt, *done.tokens, *new]
+  assert before > 100
+
+
+def test_answers_of_a_batch_are_found_again(float_model: Model) -> None:
+  """Rows that stop early, two that are one text, one that is closed in the middle."""
+  sharing = engine(float_model, share_prefixes=True)
+  prompts = [TEXT[:40], [*TEXT[:70], 3], TEXT[:40]]
+  said: list[list[int]] = [[], [], []]
+  stream = sharing.stream(prompts, **{**OPTIONS, "max_tokens": 60})
+  for chunk in stream:
+    said[chunk.index].append(chunk.token)
+    if len(said[2]) == 50:
+      break
+  stream.close()
+  assert in_use(sharing) == 0
+  alone = Engine(float_model, kv_dtype="f32")
+  for prompt, answer in zip(prompts, said, strict=True):
+    again = one(sharing, [*prompt, *answer, 5])
+    assert again.timing.shared_tokens >= 4 + (len(prompt) + 48 - 4 - 8) // 16 * 16 - 16
+    assert again.tokens == one(alone, [*prompt, *answer, 5]).tokens
 
 
 def test_prompts_of_one_call_share_blocks(float_model: Model) -> None:
