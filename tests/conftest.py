@@ -1,7 +1,6 @@
 """What holds for every test: the backend, strict shapes, shared programs, hypothesis' manners."""
 
 import gc
-import itertools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Before jax is imported; child processes inherit it.
@@ -25,9 +24,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 OPTIMIZED = ("aot", "calibrated", "kernels", "oracles", "qat", "quant")
 
 # Every compiled program keeps some memory maps, and Linux ends a process's compilations, and so the
-# process, at 65,530 of them (vm.max_map_count). Whoever tests thousands of shapes gets there.
-MOST_MAPS = 20_000
-_tests_run = itertools.count(1)
+# process, at 65,530 of them (vm.max_map_count). Tests of drawn shapes get there in minutes.
+MOST_MAPS = 16_000
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,7 +61,7 @@ def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_runtest_logfinish() -> None:
   """Forgets the compiled programs of this process before their memory maps run out."""
-  if next(_tests_run) % 16 == 0 and _maps() > MOST_MAPS:  # Counting them takes milliseconds.
+  if _maps() > MOST_MAPS:
     jax.clear_caches()
     gc.collect()
 
