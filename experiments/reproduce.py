@@ -1,6 +1,6 @@
 r"""Every table, from one command: records, tables, plots, and one report that holds them all.
 
-  python -m experiments.reproduce --quick                      # ten minutes, two CPUs
+  python -m experiments.reproduce --quick                      # 7 to 10 minutes, two CPUs
   python -m experiments.reproduce --only=sinks,kv_group_size
   python -m experiments.reproduce --full --out=runs/full       # hours
 
